@@ -1,0 +1,33 @@
+# Pass on what you want to set: make train DATA=folder RUN=folder ARGS="--epochs 5"
+# Packages that are installed already (Colab, conda, a cluster): make train PYTHON=python3
+PYTHON ?= .venv/bin/python
+VENV := $(filter .venv/bin/python,$(PYTHON))
+KNEEOA = $(PYTHON) kneeoa.py $@ $(if $(DATA),--data "$(DATA)") $(if $(RUN),--run "$(RUN)") $(ARGS)
+
+.PHONY: help split train plot predict phantoms test
+
+help: ## print these targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
+
+split: $(VENV) ## share out the patients to training, validation and test
+	$(KNEEOA)
+
+train: $(VENV) ## train a network, keep its best epoch, test it once
+	$(KNEEOA)
+
+plot: $(VENV) ## draw the sheet of the run: curves, confusion matrix, heat maps
+	$(KNEEOA)
+
+predict: $(VENV) ## grade pictures: make predict ARGS="knee.png other.png"
+	$(KNEEOA)
+
+phantoms: $(VENV) ## draw 1000 knees of known grade into the folder phantoms
+	$(KNEEOA)
+
+test: $(VENV) ## check what this project promises (pytest)
+	$(PYTHON) -m pytest -q test_kneeoa.py
+
+.venv/bin/python: requirements.txt
+	python3 -m venv .venv
+	$@ -m pip install --quiet --requirement requirements.txt
+	touch $@

@@ -1,0 +1,1157 @@
+"""kneeoa: grade knee osteoarthritis from X-rays with a small convolutional network, trained from scratch.
+
+    python kneeoa.py train                     draw phantoms (or take the folder data/), split, train, test
+    python kneeoa.py plot                      the sheet of that run: runs/phantoms/report.png
+    python kneeoa.py train --data my_xrays     the same for a folder of X-rays: my_xrays/0 ... my_xrays/4
+    python kneeoa.py predict knee.png --run runs/my_xrays
+    python kneeoa.py tune --lr 1e-3 3e-3       a small search, compared on the validation subset
+
+A knee is graded on the Kellgren-Lawrence (KL) scale (Kellgren and Lawrence, 1957): 0 none, 1 doubtful, 2 minimal,
+3 moderate, 4 severe. The file reads from top to bottom in the order in which a picture travels: settings, reading,
+splitting, data set, network, augmentation, training; behind that road come metrics, heat maps, phantoms and commands.
+
+What comes out is in README.md, with the data, seeds and machine of each figure. Left out on purpose: pretrained
+weights, ensembles, several GPUs. This is no medical device: it is not for diagnosis.
+
+SPDX-License-Identifier: MIT
+"""
+
+import argparse
+import csv
+import hashlib
+import io
+import itertools
+import json
+import math
+import os
+import re
+import sys
+import time
+import warnings
+from collections import Counter, defaultdict
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import matplotlib
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageFilter, ImageOps
+from torch import nn
+from tqdm import tqdm
+
+GRADES = ("none", "doubtful", "minimal", "moderate", "severe")  # the name of grade g is GRADES[g]
+SUBSETS = {"train": 0.70, "val": 0.15, "test": 0.15}  # share of the pictures
+BAND = (3 / 14, 13 / 14)  # the rows the network looks at, as shares of the height: the joint and the bone next to it
+SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff"}
+
+
+class KneeError(Exception):
+    """What a user can do wrong: `main` prints it as one line, with no traceback, and ends with status 2."""
+
+
+# ------------------------------------------------------------------------------------------------------------ settings
+# Every number that one may want to change stands here and nowhere else. The command line is made from these fields and
+# each checkpoint stores them, so a result can always be traced to the settings that made it.
+
+
+def setting(default, low, high, meaning):
+    return field(default=default, metadata={"low": low, "high": high, "meaning": meaning})
+
+
+@dataclass(frozen=True)
+class Config:
+    """The settings of a run, checked as they are set. Raises KneeError where a value is out of its range."""
+
+    size: int = setting(224, 64, 1024, "side of the square pictures, in pixels")
+    batch: int = setting(64, 2, 4096, "pictures per step of the optimizer")
+    epochs: int = setting(30, 1, 10_000, "passes over the training subset")
+    lr: float = setting(2e-3, 1e-6, 1.0, "highest learning rate of the schedule")
+    weight_decay: float = setting(0.02, 0.0, 1.0, "share of each weight that a step at rate 1 would take away")
+    dropout: float = setting(0.3, 0.0, 0.95, "share of the features hidden from the last layer in training")
+    widths: tuple = setting((32, 64, 128, 256), 4, 1024, "channels of each stage, with commas: 32,64,128,256")
+    softness: float = setting(0.5, 0.0, 10.0, "how far a target leaks to the neighbouring grades, 0: not at all")
+    augment: float = setting(1.0, 0.0, 3.0, "strength of the random changes to training pictures, 0: none")
+    seed: int = setting(0, 0, 2**31 - 1, "chooses split, first weights, order and random changes")
+    device: str = setting("auto", None, None, "auto (CUDA, else Apple's MPS, else CPU), cpu, cuda, cuda:1, mps")
+
+    def __post_init__(self):
+        for f in fields(self):
+            value, low, high = getattr(self, f.name), f.metadata["low"], f.metadata["high"]
+            if f.name == "device":
+                good, wanted = re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", str(value)), "auto, cpu, cuda, cuda:N or mps"
+            elif f.name == "widths":
+                good = 1 <= len(value) <= 4 and all(isinstance(v, int) and low <= v <= high for v in value)
+                wanted = f"one to four numbers from {low} to {high}, with commas"
+            else:  # written so that NaN, which is neither below nor above anything, is refused too
+                good, wanted = isinstance(value, (int, float)) and low <= value <= high, f"from {low:g} to {high:g}"
+            if not good:
+                raise KneeError(f"--{f.name.replace('_', '-')} {value}: must be {wanted}")
+
+
+# ------------------------------------------------------------------------------------------------------------- reading
+# A wrongly read picture is the quietest of mistakes: training goes on, only worse. So every kind of picture file ends
+# here, in one function, as the same thing: a square of grey bytes with its proportions kept.
+
+
+def read_grey(path):
+    """One picture as uint8 (height, width), upright. Raises KneeError with the file's name if it can't be read."""
+    try:
+        with Image.open(path) as image:
+            image = ImageOps.exif_transpose(image)
+            if image.mode[0] in "IF":  # more than 8 bits a pixel: 16-bit grey, 32-bit integers or floats
+                # Pillow's convert("L") would clip all above 255 to white. Scaling from the 0.5th to the 99.5th
+                # percentile keeps the greys and lets a few burnt-out pixels or a burnt-in letter not matter.
+                values = np.nan_to_num(np.asarray(image, dtype=np.float64))
+                low, high = np.percentile(values, (0.5, 99.5))
+                return np.uint8((values.clip(low, high) - low) * (255 / max(high - low, 1e-9)))
+            if image.has_transparency_data:  # what shines through is the black of a light box that is switched off
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image.convert("RGBA"))
+            return np.asarray(image.convert("L"))
+    except Exception as error:  # Pillow raises a dozen kinds on damaged or hostile files, none of them a fault of ours
+        raise KneeError(f"{path}: cannot be read as a picture ({error}), replace or remove it") from error
+
+
+def read_xray(path, size):
+    """One picture as uint8 (size, size): padded with black to a square, not stretched, since the width of the joint
+    space is what the grade is read from. Raises KneeError with the file's name if it can't be read."""
+    image = Image.fromarray(read_grey(path))
+    if image.size != (size, size):
+        image = ImageOps.pad(image, (size, size), Image.Resampling.LANCZOS)
+    return np.asarray(image)
+
+
+class Xray(NamedTuple):
+    path: str  # relative to the data folder, with / on every system
+    grade: int
+    patient: str
+    subset: str = ""  # train, val or test; empty where the folder does not say
+
+
+def folders_in(folder):
+    return sorted(f for f in folder.iterdir() if f.is_dir() and not f.name.startswith("."))
+
+
+def grade_folders(folder):
+    """(grade, folder) for `0`, `1`, ... or `0Normal`, `1Doubtful`, ...: the digit counts, never the alphabetical rank."""
+    return [(int(f.name[0]), f) for f in folders_in(folder) if re.match(r"[0-4](?!\d)", f.name)]
+
+
+def find_layout(folder, depth=3):
+    """The subsets of a data folder as {subset: folder with the grades}, subset "" where there is but one."""
+    if grade_folders(folder):
+        return {"": folder}
+    given = {name: folder / name for name in SUBSETS if (folder / name).is_dir() and grade_folders(folder / name)}
+    if given:
+        return given
+    inner = [f for f in folders_in(folder) if depth and find_layout(f, depth - 1)]  # an archive's outer folders
+    if len(inner) > 1:
+        raise KneeError(f"{folder}: has several data sets in it ({', '.join(f.name for f in inner)}), name one with --data")
+    return find_layout(inner[0], depth - 1) if inner else {}
+
+
+def read_patients(path):
+    """{file name: patient} from a CSV file with the columns image,patient."""
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            return {row["image"]: row["patient"].strip() for row in csv.DictReader(file)}
+    except (KeyError, AttributeError, UnicodeDecodeError, csv.Error) as error:
+        raise KneeError(f"{path}: is no patients file, its first line must be image,patient") from error
+
+
+def find_xrays(folder, patients_file=None):
+    """All pictures of a data folder as a list of Xray, in the order of their paths, whatever the file system's order.
+
+    The patient is the row of the patients file with this file name; else the digits of a name such as 9003175L.png;
+    else the picture is a patient of its own, whose name is its path. Raises KneeError where there is nothing to find.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise KneeError(f"{folder}: no such folder, name the folder of the X-rays with --data")
+    layout = find_layout(folder)
+    if not layout:
+        raise KneeError(f"{folder}: no folders 0 to 4 in it, nor train/0 to train/4; put each picture under its grade")
+    shipped = Path(__file__).with_name("osail_patients.csv")
+    patients_file = patients_file or (shipped if shipped.exists() else None)
+    patients = read_patients(patients_file) if patients_file else {}
+    xrays, used = [], set()
+    for subset, top in layout.items():
+        for grade, grade_folder in grade_folders(top):
+            used.add(grade_folder)
+            for file in grade_folder.rglob("*"):
+                if file.suffix.lower() in SUFFIXES and not file.name.startswith(".") and file.is_file():
+                    path = file.relative_to(folder).as_posix()
+                    knee = re.match(r"(\d+)[ _-]?(L|R|left|right)\b", file.stem, re.IGNORECASE)
+                    patient = patients.get(file.name) or (knee[1] if knee else path)
+                    xrays.append(Xray(path, grade, patient, subset))
+    passed_over = [f for top in {*layout.values(), *(t.parent for s, t in layout.items() if s)} for f in folders_in(top)
+                   if f not in used and f not in layout.values()]
+    if passed_over:
+        print(f"passed over, no grade: {', '.join(sorted(str(f.relative_to(folder)) for f in passed_over))}")
+    for subset in layout.keys() - {"val", "test"}:
+        missing = set(range(5)) - {x.grade for x in xrays if x.subset == subset}
+        if missing:
+            raise KneeError(f"{layout[subset]}: no pictures of grade {', '.join(map(str, sorted(missing)))}, add some")
+    return sorted(xrays)
+
+
+# ----------------------------------------------------------------------------------------------------------- splitting
+# Two pictures of one patient look alike and often have the same grade. With one in training and the other in the test
+# subset, a network is rewarded for recognizing the patient. So patients are dealt out, not pictures, and the deal
+# depends on names, grades and the seed alone: everybody who has the data has the same test subset.
+
+
+def in_threads(function, items, title):
+    """[function(item) for item in items], on all cores: Pillow decodes without holding Python's lock, so threads are
+    enough. Every item that raises KneeError is tried and told, not the first alone."""
+    broken = []
+
+    def attempt(item):
+        try:
+            return function(item)
+        except KneeError as error:
+            broken.append(str(error))
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        results = list(tqdm(pool.map(attempt, items), title, len(items), unit=" pictures", leave=False))
+    if broken:
+        raise KneeError("; ".join(sorted(broken)))
+    return results
+
+
+def drop_equal_pictures(folder, xrays):
+    """Without the pictures whose decoded pixels stand there twice, and a line of text about each that was left out.
+
+    Of equals within a grade the first is kept. Equals under different grades are all left out: one label must be wrong,
+    and nothing says which.
+    """
+    def fingerprint(xray):
+        grey = read_grey(folder / xray.path)
+        return hashlib.blake2b(repr(grey.shape).encode() + grey.tobytes(), digest_size=16).digest()
+
+    equals = defaultdict(list)
+    for xray, print_ in zip(xrays, in_threads(fingerprint, xrays, "compare")):
+        equals[print_].append(xray)
+    kept, notes = [], []
+    for first, *others in equals.values():
+        if any(x.grade != first.grade for x in others):
+            notes.append("left out, one picture under several grades: " + ", ".join(x.path for x in (first, *others)))
+        else:
+            kept.append(first)
+            notes += [f"left out, equals {first.path}: {x.path}" for x in others]
+    return sorted(kept), notes
+
+
+def split_by_patient(xrays, seed, shares=SUBSETS):
+    """The pictures with their subsets set: all pictures of a patient in one, each grade shared out as `shares` says.
+
+    A patient goes where, for the grades of its pictures, the least of the subset's due has been filled. The order is
+    by the hash of seed and name, which is as good as random, and the same in every version of every program.
+    Raises KneeError where a grade has fewer patients than there are subsets.
+    """
+    knees = defaultdict(list)
+    for xray in xrays:
+        knees[xray.patient].append(xray)
+    pictures = Counter(x.grade for x in xrays)
+    patients = Counter(grade for own in knees.values() for grade in {x.grade for x in own})
+    for grade, count in sorted(patients.items()):
+        if count < len(shares):
+            raise KneeError(f"grade {grade}: pictures of {count} patients, but {len(shares)} subsets; add more patients")
+
+    def turn(patient):  # the patients with the rarest grade first, while there is still room to place them well
+        rarest = min(pictures[x.grade] for x in knees[patient])
+        return rarest, hashlib.sha256(f"{seed}/{patient}".encode("utf-8", "surrogateescape")).digest()
+
+    filled = {subset: Counter() for subset in shares}
+    home = {}
+    for patient in sorted(knees, key=turn):
+        grades = [x.grade for x in knees[patient]]
+        home[patient] = min(shares, key=lambda s: sum(filled[s][g] / (shares[s] * pictures[g]) for g in grades))
+        filled[home[patient]].update(grades)
+    return [x._replace(subset=home[x.patient]) for x in xrays]
+
+
+def refuse_leaks(where, xrays):
+    """Raises KneeError if a patient has pictures in two subsets."""
+    homes = defaultdict(set)
+    for xray in xrays:
+        homes[xray.patient].add(xray.subset)
+    leaks = sorted(patient for patient, subsets in homes.items() if len(subsets) > 1)
+    if leaks:
+        raise KneeError(f"{where}: {len(leaks)} patients are in two subsets ({', '.join(leaks[:5])}{' ...' if leaks[5:] else ''}), "
+                        f"move all pictures of each to one")
+
+
+def make_split(folder, seed, patients_file=None):
+    """The pictures of a data folder with their subsets, and lines of text about what was found. A split that the
+    folders give is kept; without `val` it is taken from `train`. Raises KneeError if a patient is in two given subsets.
+    """
+    folder = Path(folder)
+    xrays, notes = drop_equal_pictures(folder, find_xrays(folder, patients_file))
+    given = [s for s in SUBSETS if any(x.subset == s for x in xrays)]
+    if not given:
+        notes.append("layout: folders by grade, split here by patient")
+        xrays = split_by_patient(xrays, seed)
+    else:
+        notes.append(f"layout: {', '.join(given)} as the folders give them")
+        refuse_leaks(folder, xrays)
+        if "train" not in given:
+            raise KneeError(f"{folder}: has no subset train, add the folder train")
+        if "val" not in given:
+            notes.append("no val given: it is taken from train, by patient")
+            rest = [x for x in xrays if x.subset != "train"]
+            train = [x for x in xrays if x.subset == "train"]
+            xrays = sorted(split_by_patient(train, seed, {"train": 0.85, "val": 0.15}) + rest)
+        if "test" not in given:
+            notes.append("no test given: the figures will be of the validation subset")
+    alone = sum(x.patient == x.path for x in xrays)
+    if alone:
+        notes.append(f"{alone} of {len(xrays)} pictures name no patient: each is taken as a patient of its own")
+    return xrays, notes
+
+
+# ------------------------------------------------------------------------------------------------------------ data set
+# Decoding a PNG takes longer than one step of training on it. So each picture is decoded once, and the whole subset
+# lives in one tensor of bytes, on the GPU if there is one: 5,778 pictures of 224 x 224 are 290 MB. A batch is an index.
+
+
+class KneeFolder(torch.utils.data.Dataset):
+    """Pictures uint8 (N, 1, size, size) and grades int64 (N,) of a folder, both on `device`.
+
+    `dataset[i]` is (pictures, grades) for an int, a slice or a tensor of indices: the training loop takes whole batches,
+    and a DataLoader works as well. Raises KneeError that names every picture that can't be read.
+    """
+
+    def __init__(self, folder, xrays=None, size=Config.size, device="cpu"):
+        self.xrays = list(find_xrays(folder) if xrays is None else xrays)
+        images = torch.empty(len(self.xrays), 1, size, size, dtype=torch.uint8)
+
+        def decode(i):
+            images[i, 0] = torch.from_numpy(read_xray(Path(folder) / self.xrays[i].path, size).copy())
+
+        in_threads(decode, range(len(self.xrays)), "decode")
+        self.images = images.to(device)
+        self.grades = torch.tensor([x.grade for x in self.xrays], device=device)
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, index):
+        return self.images[index], self.grades[index]
+
+
+# ------------------------------------------------------------------------------------------------------------- network
+# What a radiologist compares is local: the width of the joint space, spurs at the margins, bright bone under the
+# plateau. Convolutions find such things wherever they are, pooling lets go of where exactly, and because a knee is
+# nearly its own mirror image, the same filters can read both of its halves.
+
+
+class Residual(nn.Module):
+    """Two convolutions whose result is added to their input (He et al., 2016): (N, C, H, W) -> the same shape."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(channels, channels, 3, padding=1, bias=False),  # no bias: the batch norm behind it has one
+            nn.BatchNorm2d(channels),
+            nn.ReLU(),
+            nn.Conv2d(channels, channels, 3, padding=1, bias=False),
+            nn.BatchNorm2d(channels),
+        )
+        nn.init.zeros_(self.body[-1].weight)  # begins as the identity, so that depth costs nothing at the start
+
+    def forward(self, x):
+        return F.relu(x + self.body(x))
+
+
+class KneeNet(nn.Module):
+    """Standardized pictures, float (N, 1, S, S) with S of 64 or more, to logits (N, 5).
+
+    The picture is cut to the band around the joint, then in two halves that share a fifth of the width; the right half
+    is mirrored, so that the middle of the knee is on the same side in both, and both go through the same layers (after
+    Tiulpin et al., 2018, who did so with the two sides of the joint). Sum and difference of their features do not
+    change when the picture is mirrored, so neither do the logits.
+    """
+
+    def __init__(self, widths=Config.widths, dropout=Config.dropout):
+        super().__init__()
+        first, *rest = widths
+        # Pool before batch norm and ReLU: they then touch a quarter of the pixels.
+        layers = [nn.Conv2d(1, first, 5, stride=2, padding=2, bias=False), nn.MaxPool2d(2), nn.BatchNorm2d(first), nn.ReLU()]
+        for before, width in zip(widths, rest):
+            layers += [nn.Conv2d(before, width, 3, padding=1, bias=False), nn.MaxPool2d(2), nn.BatchNorm2d(width), nn.ReLU(),
+                       Residual(width)]
+        self.features = nn.Sequential(*layers)
+        self.dropout = nn.Dropout(dropout)
+        self.grade = nn.Linear(2 * widths[-1], len(GRADES))
+
+    @staticmethod
+    def halves(x):
+        """(N, C, S, S) -> (2N, C, 5/7 S, 4/7 S): the left halves of the joint, then the right ones, mirrored."""
+        size = x.shape[-1]
+        x = x[:, :, round(BAND[0] * size) : round(BAND[1] * size)]
+        half = round(size * 4 / 7)
+        return torch.cat((x[..., :half], x.flip(3)[..., :half])).contiguous(memory_format=torch.channels_last)
+
+    @staticmethod
+    def whole(halves, size):
+        """The way back: (2N, 1, h, w) over the halves, of any resolution, to (N, 1, size, size) over the pictures."""
+        top, bottom, half = round(BAND[0] * size), round(BAND[1] * size), round(size * 4 / 7)
+        left, right = F.interpolate(halves, (bottom - top, half), mode="bilinear").chunk(2)
+        canvas = left.new_zeros(len(left), 1, size, size)
+        canvas[:, :, top:bottom, :half] = left
+        canvas[:, :, top:bottom, -half:] = torch.maximum(canvas[:, :, top:bottom, -half:], right.flip(3))
+        return canvas
+
+    def head(self, maps):
+        """Feature maps (2N, C, h, w) to logits (N, 5)."""
+        left, right = maps.float().mean((2, 3)).chunk(2)  # global average pooling: twice (N, C)
+        pair = torch.cat((left + right, (left - right).abs()), 1)  # (N, 2C), the same for a picture and its mirror image
+        return self.grade(self.dropout(pair))
+
+    def forward(self, x):
+        return self.head(self.features(self.halves(x)))
+
+
+def count_weights(net):
+    return sum(p.numel() for p in net.parameters())
+
+
+# -------------------------------------------------------------------------------------------- standardize and augment
+# Exposure says nothing about the joint, so it is taken out of every picture, in training and in testing alike. What can change between two X-rays of the
+# same knee (side, angle, distance, exposure) is changed at random in training, and only there.
+
+
+def local_mean(images, cell):
+    """The mean of the 3 x 3 cells of `cell` pixels around each pixel, smoothly, (N, 1, S, S) to the same shape. Averaging
+    the cells first and spreading the result out afterwards is 8 times as fast as a window slid over all pixels."""
+    cells = F.avg_pool2d(images, cell, ceil_mode=True, count_include_pad=False)
+    cells = F.avg_pool2d(cells, 3, stride=1, padding=1, count_include_pad=False)
+    size = images.shape[-1]
+    return F.interpolate(cells, scale_factor=cell, mode="bilinear")[..., :size, :size]
+
+
+def standardize(images):
+    """Any float or uint8 (N, 1, S, S) of 0 to 255 to float of about mean 0 and deviation 1, by local contrast
+    normalization (Jarrett et al., 2009): each pixel less the mean around it, divided by the deviation around it.
+
+    An X-ray of a knee is bright in the middle and dark at its sides, and a spur at the margin is a faint grey on black.
+    Taken out over a tenth of the width, the exposure is gone and every edge is equally strong. Measured on Chen's set,
+    this is worth more than all other choices in this file together: see README.md.
+    """
+    images = images.float()
+    cell = max(1, images.shape[-1] // 28)  # 8 of 224 pixels
+    detail = images - local_mean(images, cell)
+    square = detail.square()
+    around, overall = local_mean(square, cell).sqrt(), square.mean((2, 3), keepdim=True).sqrt()
+    # Half of the deviation is that of the whole picture, so that an even background does not turn into loud noise.
+    return detail / (0.5 * around + 0.5 * overall + 1)
+
+
+def augment(images, generator, strength=1.0):
+    """uint8 (N, 1, S, S) to float (N, 1, S, S): each mirrored or not, turned by up to 10 degrees, scaled and shifted by up
+    to 10 and 5 %, its greys bent by a power from 0.67 to 1.5; all times `strength`.
+
+    The random numbers come from `generator`, which is on the CPU: it draws the same on every device.
+    """
+    draws = torch.rand(7, len(images), generator=generator).to(images.device) * 2 - 1  # (7, N), from -1 to 1
+    turn, zoom, stretch, right, down, power = draws[:6] * strength
+    mirror = draws[6].sign()
+    turn, wide, high = turn * math.radians(10), torch.exp(zoom * 0.1 + stretch * 0.05), torch.exp(zoom * 0.1)
+    rows = (
+        torch.stack((turn.cos() * wide * mirror, -turn.sin() * wide, right * 0.1), 1),  # the shift counts half widths
+        torch.stack((turn.sin() * high * mirror, turn.cos() * high, down * 0.1), 1),
+    )
+    grid = F.affine_grid(torch.stack(rows, 1), images.shape, align_corners=False)  # (N, S, S, 2): where to look
+    moved = F.grid_sample(images.float() / 255, grid, padding_mode="border", align_corners=False)
+    return moved.clamp(0, 1).pow(torch.exp(power * 0.4)[:, None, None, None]) * 255
+
+
+# -------------------------------------------------------------------------------------------------------------- saving
+# Whatever is written is first written beside its place, flushed to the disk and then renamed, which happens as a whole
+# or not at all: whenever the power goes, the old file is there or the new one.
+
+
+def save(path, content):
+    """Replaces the file by `content` (bytes or text), or leaves it as it was."""
+    beside = path.with_name(path.name + ".part")
+    try:
+        with open(beside, "wb") as file:
+            file.write(content if isinstance(content, bytes) else content.encode("utf-8", "surrogateescape"))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except OSError:  # a full disk, most often
+        beside.unlink(missing_ok=True)
+        raise
+
+
+def save_csv(path, columns, rows):
+    text = io.StringIO(newline="")
+    writer = csv.writer(text)
+    writer.writerow(columns)
+    writer.writerows(rows)
+    save(path, text.getvalue())
+
+
+def save_checkpoint(path, checkpoint):
+    memory = io.BytesIO()
+    torch.save(checkpoint, memory)
+    save(path, memory.getvalue())
+
+
+def load_checkpoint(path):
+    """The checkpoint at `path` as a dictionary, its "config" made into a Config. Raises KneeError if it is none of ours."""
+    if not path.is_file():
+        raise KneeError(f"{path}: no such checkpoint, run train first or name the run's folder with --run")
+    try:
+        # weights_only: a checkpoint is a pickle, and a pickle from a stranger can run any program.
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint["config"] = Config(**checkpoint["config"])
+        KneeNet(checkpoint["config"].widths).load_state_dict(checkpoint["net"])
+        return checkpoint
+    except OSError:
+        raise
+    except Exception as error:  # what torch.load raises on foreign bytes is not documented, and can be anything
+        raise KneeError(f"{path}: is damaged or no checkpoint of this program, train again with another --run") from error
+
+
+# ------------------------------------------------------------------------------------------------------------ training
+
+
+def pick_device(name):
+    """The torch.device of a setting such as "auto" or "cuda:1". Raises KneeError if it is not there."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(kind for kind in there if there[kind])
+    kind, _, number = name.partition(":")
+    if not there[kind] or kind == "cuda" and int(number or 0) >= torch.cuda.device_count():
+        raise KneeError(f"--device {name}: is not on this machine, use --device auto")
+    return torch.device(name)
+
+
+def half_precision(device):
+    """The context in which the network's convolutions run in bfloat16, where the device computes that natively: CPUs
+    with AMX or AVX-512 BF16 and most GPUs are 1.3 to 2 times as fast with it, others are slower and stay in float32."""
+    if device.type == "cpu":
+        can = torch.cpu.get_capabilities()
+        native = can.get("amx_bf16", False) or can.get("avx512_bf16", False)
+    else:
+        native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.autocast(device.type, torch.bfloat16, enabled=native)
+
+
+def soft_targets(softness, device="cpu"):
+    """(5, 5): row g is what the network should answer for grade g, softmax(-(distance)^2 / softness) (Diaz and Marathe,
+    2019). Grades are ordered and radiologists differ by one grade, so a neighbour is less wrong than a stranger."""
+    grade = torch.arange(len(GRADES), device=device)
+    if softness == 0:
+        return torch.eye(len(GRADES), device=device)
+    return torch.softmax(-(grade[:, None] - grade).square() / softness, 1)
+
+
+@torch.no_grad()
+def probabilities(net, images, batch=128):
+    """Pictures uint8 (N, 1, S, S) to the probability of each grade (N, 5), both on the network's device."""
+    net.eval()  # batch norm uses its running averages and dropout is off; forgetting this line is a common error
+    with half_precision(images.device):
+        return torch.cat([net(standardize(part)).float().softmax(1) for part in images.split(batch)])
+
+
+def fingerprint(*datasets):
+    """A text that is the same for the same pictures, names and subsets alone."""
+    digest = hashlib.blake2b(digest_size=16)
+    for dataset in datasets:
+        digest.update(repr(dataset.xrays).encode("utf-8", "surrogateescape"))
+        digest.update(dataset.images.cpu().numpy())
+    return digest.hexdigest()
+
+
+def refuse_other(run, before, now):
+    """Raises KneeError if a run is to go on with other settings or pictures than it began with."""
+    changed = [f"{name} was {value}, now {getattr(now['config'], name)}" for name, value in asdict(before["config"]).items()
+               if name != "device" and value != getattr(now["config"], name)]
+    if not changed and before["pictures"] != now["pictures"]:
+        changed = ["the pictures or their split were others"]
+    if changed:
+        raise KneeError(f"{run}: was begun differently ({', '.join(changed)}), set it as it was or name another --run")
+
+
+def evaluate(net, dataset, softness):
+    """(loss, probabilities (N, 5)) over a whole subset, without augmentation."""
+    answers = probabilities(net, dataset.images)
+    targets = soft_targets(softness, answers.device)[dataset.grades]
+    return -(targets * answers.clamp(min=1e-9).log()).sum(1).mean().item(), answers
+
+
+def rate(progress):
+    """The learning rate as a share of its highest, from progress 0 to 1: a quarter of the way up in a straight line,
+    then down along a cosine (after Smith and Topin, 2018). Down to 0, so that the last epochs are the steady ones."""
+    return progress / 0.25 if progress < 0.25 else 0.5 + 0.5 * math.cos(math.pi * (progress - 0.25) / 0.75)
+
+
+BAR = "{desc} {percentage:3.0f}%|{bar:16}| {n_fmt}/{total_fmt} {elapsed} {postfix}"
+HISTORY = ("epoch", "train_loss", "train_accuracy", "val_loss", "val_accuracy", "val_kappa", "lr", "seconds")
+
+
+def train(train_set, val_set, config, run):
+    """Trains a network, writing last.pt, best.pt and history.csv into the folder `run` after each epoch, and goes on
+    where last.pt stands if it is there. Returns the checkpoint of the best epoch: the one with the highest quadratic
+    weighted kappa on the validation subset. Raises KneeError if the loss is no number any more, or if last.pt was begun
+    with other settings or pictures.
+
+    Every epoch makes its random generators anew, from the seed and its number. So there is no state of theirs to save,
+    and a run that was stopped goes on with the same numbers as one that was not.
+    """
+    device = train_set.images.device
+    torch.manual_seed(config.seed)  # the first weights
+    net = KneeNet(config.widths, config.dropout).to(device, memory_format=torch.channels_last)
+    # Weight decay beside the step and not in its gradient: Adam would scale it away (Loshchilov and Hutter, 2019).
+    adam = torch.optim.Adam(net.parameters(), config.lr, weight_decay=config.weight_decay, decoupled_weight_decay=True,
+                            fused=True)
+    batch = min(config.batch, len(train_set))
+    steps = len(train_set) // batch  # an epoch leaves out the last, incomplete batch, other pictures each time
+    schedule = torch.optim.lr_scheduler.LambdaLR(adam, lambda step: rate((step + 1) / (steps * config.epochs + 1)))
+    targets = soft_targets(config.softness, device)
+
+    begun = {"config": asdict(config), "pictures": fingerprint(train_set, val_set)}
+    history, best = [], None
+    if (run / "last.pt").exists():
+        last = load_checkpoint(run / "last.pt")
+        refuse_other(run, last, begun | {"config": config})
+        net.load_state_dict(last["net"])
+        adam.load_state_dict(last["adam"])
+        schedule.load_state_dict(last["schedule"])
+        history, best = last["history"], last["best"]
+        save_checkpoint(run / "best.pt", begun | best)
+        save_csv(run / "history.csv", HISTORY, history)
+
+    for epoch in range(len(history) + 1, config.epochs + 1):
+        start = time.perf_counter()
+        # Three generators, so that drawing one more augmentation never changes the order of the pictures or the dropout.
+        seeds = np.random.SeedSequence((config.seed, epoch)).generate_state(3).tolist()
+        order, chance = (torch.Generator().manual_seed(s) for s in seeds[:2])
+        torch.manual_seed(seeds[2])  # dropout
+        shuffled = torch.randperm(len(train_set), generator=order).to(device)
+        net.train()  # evaluate() below switches this off, so it is switched on again in each epoch
+        sums, shown = torch.zeros(2, device=device), start  # of loss and accuracy; they stay on the device
+        title = f"epoch {epoch:{len(str(config.epochs))}}/{config.epochs}"
+        with tqdm(total=steps, desc=title, unit="batch", bar_format=BAR) as bar:
+            for step, index in enumerate(shuffled[: steps * batch].split(batch), 1):
+                images, grades = train_set[index]  # uint8 (B, 1, S, S), int64 (B,)
+                images = standardize(augment(images, chance, config.augment))  # float (B, 1, S, S)
+                with half_precision(device):
+                    logits = net(images).float()  # (B, 5)
+                loss = F.cross_entropy(logits, targets[grades])
+                adam.zero_grad()
+                loss.backward()
+                adam.step()
+                schedule.step()
+                sums += torch.stack((loss.detach(), (logits.argmax(1) == grades).float().mean()))
+                bar.update()
+                if step == steps or time.perf_counter() - shown > 0.3:  # .tolist() waits for the GPU: not at every step
+                    shown = time.perf_counter()
+                    train_loss, train_accuracy = (sums / step).tolist()
+                    bar.set_postfix_str(f"loss {train_loss:.3f} accuracy {train_accuracy:.3f}")
+            seconds = time.perf_counter() - start
+
+            val_loss, answers = evaluate(net, val_set, config.softness)
+            if not math.isfinite(train_loss + val_loss):
+                raise KneeError(f"epoch {epoch}: the loss is no number any more, try --lr {config.lr / 4:.1g} and another --run")
+            scores = metrics(confusion_matrix(val_set.grades, grade_of(answers)))
+            accuracy, kappa = float(scores["accuracy"]), float(scores["kappa"])
+            left = (config.epochs - epoch) * (time.perf_counter() - start)
+            bar.set_postfix_str(f"{bar.postfix} | validation loss {val_loss:.3f} accuracy {accuracy:.3f} "
+                                f"kappa {kappa:.3f} | {tqdm.format_interval(left)} left")
+
+        history.append([epoch, train_loss, train_accuracy, val_loss, accuracy, kappa,
+                        config.lr * rate(epoch / config.epochs), seconds])
+        if best is None or kappa > best["kappa"]:
+            best = {"epoch": epoch, "kappa": kappa, "net": {k: v.clone() for k, v in net.state_dict().items()}}
+        # All is in last.pt, and the other two are made from it, so there is no moment at which they could disagree.
+        save_checkpoint(run / "last.pt", begun | {"net": net.state_dict(), "adam": adam.state_dict(), "best": best,
+                                                  "schedule": schedule.state_dict(), "history": history})
+        save_checkpoint(run / "best.pt", begun | best)
+        save_csv(run / "history.csv", HISTORY, history)
+    return load_checkpoint(run / "best.pt")
+
+
+# ------------------------------------------------------------------------------------------------------------- metrics
+# Accuracy alone flatters: always answering grade 0 is right for 40 % of these data sets. So four figures are given, all
+# from one table of counts, each with the interval in which it would lie if other patients had been drawn.
+
+
+def grade_of(probabilities):
+    """Probabilities (N, 5) to grades (N,): the most probable one."""
+    return probabilities.argmax(1)
+
+
+def confusion_matrix(true, predicted):
+    """Counts as int64 (5, 5): row = true grade, column = predicted grade."""
+    both = np.asarray(torch.as_tensor(true).cpu()) * 5 + np.asarray(torch.as_tensor(predicted).cpu())
+    return np.bincount(both, minlength=25).reshape(5, 5)
+
+
+def metrics(confusion):
+    """From counts (..., 5, 5) to figures of the same leading shape: accuracy; recall per grade (..., 5); balanced
+    accuracy, the mean of the recalls; quadratic weighted kappa (Cohen, 1968), 1 - (squared errors) / (squared errors if
+    answers and truth were independent); mae, the mean distance in grades. NaN where a figure is undefined.
+    """
+    counts = np.asarray(confusion, dtype=float)
+    distance = np.abs(np.arange(5)[:, None] - np.arange(5))
+    true, predicted, n = counts.sum(-1), counts.sum(-2), counts.sum((-1, -2))
+    right = np.diagonal(counts, axis1=-2, axis2=-1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        recall = right / true
+        chance = true[..., :, None] * predicted[..., None, :] / n[..., None, None]
+        kappa = 1 - (counts * distance**2).sum((-1, -2)) / (chance * distance**2).sum((-1, -2))
+        there = true > 0  # a grade without pictures has no recall, and does not count in the mean
+        return {"accuracy": right.sum(-1) / n, "balanced_accuracy": np.where(there, recall, 0).sum(-1) / there.sum(-1),
+                "kappa": kappa, "mae": (counts * distance).sum((-1, -2)) / n, "recall": recall}
+
+
+def intervals(true, predicted, patients, draws=2000):
+    """95 % intervals {figure: (low, high)} by the bootstrap (Efron, 1979): the figures of `draws` samples of as many
+    patients, drawn with replacement. Patients and not pictures, since the two knees of one are no independent evidence.
+    """
+    _, number = np.unique(patients, return_inverse=True)
+    counts = np.zeros((number.max() + 1, 25))
+    np.add.at(counts, (number, np.asarray(true) * 5 + np.asarray(predicted)), 1)  # (patients, 25)
+    drawn = np.random.default_rng(0).multinomial(len(counts), np.full(len(counts), 1 / len(counts)), draws)
+    figures = metrics((drawn @ counts).reshape(draws, 5, 5))
+    return {name: np.nanpercentile(figures[name], (2.5, 97.5)).tolist() for name in FIGURES}
+
+
+FIGURES = {"accuracy": "accuracy", "balanced_accuracy": "balanced accuracy", "kappa": "quadratic weighted kappa",
+           "mae": "mean absolute error"}
+
+
+# ------------------------------------------------------------------------------------------------------------- looking
+# A figure does not tell why. A heat map shows which part of the picture spoke for the predicted grade: it should be the
+# joint, and where it is a screw or a letter at the margin, the network has learned something else.
+
+
+def heat_maps(net, images):
+    """Grad-CAM (Selvaraju et al., 2017) of pictures uint8 (N, 1, S, S): heat (N, S, S) from 0 to 1 and probabilities
+    (N, 5). Each channel of the last feature maps counts as much as the predicted grade's logit would rise with it."""
+    net.eval()
+    maps = net.features(KneeNet.halves(standardize(images)))  # (2N, C, H, W)
+    logits = net.head(maps)
+    slopes = torch.autograd.grad(logits.amax(1).sum(), maps)[0].mean((2, 3), keepdim=True)  # (2N, C, 1, 1)
+    heat = F.relu((slopes * maps).sum(1, keepdim=True)).detach()  # (2N, 1, H, W)
+    whole = KneeNet.whole(heat, images.shape[-1])[:, 0]  # (N, S, S)
+    return whole / whole.amax((1, 2), keepdim=True).clamp(min=1e-9), logits.detach().softmax(1)
+
+
+def new_figure(width, height):
+    matplotlib.use("Agg")  # draws into files, with no display
+    from matplotlib import pyplot
+
+    return pyplot.figure(figsize=(width, height), layout="constrained", dpi=110)
+
+
+def show_xray(axes, image, heat, title):
+    """An X-ray (S, S) and, if given, over it in colour its heat (S, S)."""
+    axes.imshow(image, cmap="gray", vmin=0, vmax=255)
+    if heat is not None:
+        axes.imshow(heat, cmap="inferno", alpha=0.6 * heat, vmin=0, vmax=1)
+    axes.set_title(title, fontsize=9)
+    axes.axis("off")
+
+
+def save_figure(path, figure):
+    memory = io.BytesIO()
+    figure.savefig(memory, format="png")
+    save(Path(path), memory.getvalue())
+    figure.clear()
+
+
+def draw_report(path, name, history, chosen, result, cells):
+    """The sheet of a run: curves by epoch, confusion matrix, X-rays beside their heat maps. `cells` are ten, for grades
+    0 to 4 a right answer each and then a wrong one: (image (S, S), heat (S, S), true grade, predicted grade) or None."""
+    history = dict(zip(HISTORY, zip(*history)))
+    figure = new_figure(13, 10)
+    top, bottom = figure.subfigures(2, 1, height_ratios=(1, 1.15))
+    curves, table = top.subfigures(1, 2, width_ratios=(2, 1.1))
+    figure.suptitle(f"{name}: {result['subset']} subset, {result['n']} pictures, accuracy {result['accuracy']:.3f}, "
+                    f"balanced {result['balanced_accuracy']:.3f}, kappa {result['kappa']:.3f}, MAE {result['mae']:.3f}")
+    epochs = history["epoch"]
+    for axes, quantity, unit in zip(curves.subplots(1, 2), ("loss", "accuracy"), ("cross-entropy, nats", "share right")):
+        axes.plot(epochs, history[f"train_{quantity}"], "o-", color="#0072b2", ms=3, label="training (augmented)")
+        axes.plot(epochs, history[f"val_{quantity}"], "s--", color="#d55e00", ms=3, label="validation")
+        axes.axvline(chosen, color="0.4", ls=":", label=f"chosen: epoch {chosen}")
+        axes.set(xlabel="epoch", ylabel=f"{quantity} ({unit})")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+    counts = np.array(result["confusion"])
+    shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    axes = table.subplots()
+    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    for true, predicted in itertools.product(range(5), repeat=2):
+        axes.text(predicted, true, f"{counts[true, predicted]}\n{shares[true, predicted]:.0%}", ha="center", va="center",
+                  fontsize=9, color="white" if shares[true, predicted] > 0.5 else "black")
+    axes.set(xlabel="predicted grade", ylabel="true grade", title=f"{result['subset']}: pictures, share of the row")
+    grid = bottom.subplots(2, 10, squeeze=False)
+    for i, axes in enumerate(grid.flat):  # the upper row answered right, the lower one wrong; a picture, then its heat map
+        cell = cells[i // 2]
+        if cell is None:
+            axes.axis("off")
+            continue
+        image, heat, true, predicted = cell
+        show_xray(axes, image, heat if i % 2 else None, f"predicted {predicted}" if i % 2 else f"true {true}")
+    bottom.suptitle("a picture of each grade answered right, below one answered wrong; beside each, bright, what spoke for the predicted grade",
+                    fontsize=10)
+    save_figure(path, figure)
+
+
+def draw_heat_maps(path, images, heats, grades, names):
+    """Each picture (N, 1, S, S) beside its heat map (N, S, S), one to a row, under its name and predicted grade."""
+    figure = new_figure(6.4, 3.3 * len(images))
+    for (left, right), image, heat, grade, name in zip(figure.subplots(len(images), 2, squeeze=False), images, heats, grades, names):
+        show_xray(left, image[0].cpu().numpy(), None, Path(name).name)
+        show_xray(right, image[0].cpu().numpy(), heat.cpu().numpy(), f"predicted {grade} ({GRADES[grade]})")
+    save_figure(path, figure)
+
+
+# ------------------------------------------------------------------------------------------------------------ phantoms
+# Drawn knees with a known grade, so that everything above can be tried and tested with no download. They show the signs
+# that radiologists grade by, but they are no medical data, and no result on them is a medical result. Skip this part
+# freely: nothing is to be learned from it about networks.
+
+
+def bump(x, centre, width):
+    return np.exp(-(((x - centre) / width) ** 2))
+
+
+def soft_step(x, softness):
+    return 0.5 + 0.5 * np.tanh(x / (2 * softness))  # 0 below 0, 1 above
+
+
+def draw_phantom(severity, patient, knee, size=224):
+    """A right knee from the front, as uint8 (size, size). `severity` runs from -0.5 to 4.5, its rounding is the grade;
+    the two NumPy generators vary what the knees of a patient share and what they do not."""
+    def vary(low, high):
+        return patient.uniform(low, high) + knee.normal(0, (high - low) * 0.05)
+
+    def sign(start, full):  # each sign of the disease sets in at a severity of its own, and none is sure
+        return float(np.clip((severity + knee.normal(0, 0.2) - start) / (full - start), 0, 1.2))
+
+    def noise(*shape):
+        grain = Image.fromarray(knee.standard_normal(shape, dtype=np.float32))
+        return np.asarray(grain.resize((size, size), Image.Resampling.BICUBIC))
+
+    # x to the right and y down, from -1 to 1, the joint at the origin.
+    y, x = np.mgrid[-1 : 1 : size * 1j, -1 : 1 : size * 1j].astype(np.float32)
+    turn = np.radians(knee.normal(0, 2.5))
+    x, y = x - knee.normal(0, 0.02), y - knee.normal(0.08, 0.03)
+    x, y = x * np.cos(turn) + y * np.sin(turn), y * np.cos(turn) - x * np.sin(turn)
+    worn = 1 if patient.random() < 0.75 else -1  # the side that wears: the inner one (+1) in most patients
+    on_worn = soft_step(x * worn, 0.06)
+    half = vary(0.74, 0.84)  # of the width of the joint
+
+    # The joint space narrows, most on the worn side. At the end bone grinds on bone, and its surface gives way.
+    space = vary(0.125, 0.16) * (1 - 0.98 * min(sign(0.7, 3.4), 1) * on_worn - 0.2 * sign(2.4, 4.2) * (1 - on_worn))
+    deformed = sign(3.1, 4.0)
+    sunk = 0.06 * deformed * on_worn * bump(np.abs(x), half * 0.55, 0.25)
+    for k in (2, 3, 4):
+        sunk += deformed * knee.normal(0, 0.006) * np.sin(k * 5 * x + knee.uniform(0, 6.3))
+
+    # Every bone is a map of depth below its surface, positive inside. First the femur: two condyles, a notch, the shaft.
+    across = np.clip(np.abs(np.abs(x) - 0.52 * half) / (0.53 * half), 0, 0.999)
+    surface = sunk - space / 2 - vary(0.15, 0.2) * (1 - (1 - across**2.6) ** 0.5)
+    surface -= vary(0.10, 0.15) * bump(x, 0, vary(0.15, 0.19))
+    neck = vary(0.56, 0.66)
+    width = neck + (half - neck) * soft_step(y + vary(0.5, 0.62), 0.1) + 0.05 * bump(y, -0.3, 0.16)
+    femur = np.minimum(surface - y, 0.8 * (width - np.abs(x)))
+    # Then the tibia: a plateau with two spines, narrowing to its shaft.
+    surface = sunk + space / 2 + 0.02 * bump(np.abs(x), 0.5 * half, 0.25) - 0.05 * bump(x, 0, 0.2)
+    surface -= vary(0.09, 0.13) * (bump(x, -0.08, 0.06) + 0.85 * bump(x, 0.09, 0.065))
+    width = vary(0.5, 0.58) - 0.02 + (half - 0.5) * (1 - soft_step(y - vary(0.42, 0.52), 0.09))
+    tibia = np.minimum(y - surface, 0.8 * (width - np.abs(x)))
+    fibula = np.minimum(y - 0.36, 0.11 + 0.04 * bump(y, 0.42, 0.1) - np.abs(x + half - 0.05 - 0.1 * soft_step(y - 0.62, 0.06)))
+
+    # Osteophytes: beaks at the four margins of the joint, first and largest on the worn side of the tibia.
+    edge = float(space.mean()) / 2
+    for margin, on_femur, start in ((worn, False, 0.7), (worn, True, 1.0), (-worn, False, 0.9), (-worn, True, 1.3)):
+        big = sign(start, start + 2.8) * knee.uniform(0.8, 1.2)
+        if big > 0.03:
+            out = (x * margin - half + 0.02) / (0.05 + 0.13 * big)
+            up = y - (-edge - 0.10 if on_femur else edge + 0.045) + (-0.06 if on_femur else 0.05) * out * big
+            beak = 0.05 * min(1, 4 * big) * (1 - np.hypot(out, up / (0.025 + 0.045 * big)))
+            bone = femur if on_femur else tibia
+            grown = np.maximum(bone, beak) + 0.015 * np.exp(-np.abs(bone - beak) / 0.03)  # a union with a smooth seam
+            femur, tibia = (grown, tibia) if on_femur else (femur, grown)
+
+    # What the rays meet, added up: soft tissue, the cortex of each bone and its spongy inside, kneecap, growth line,
+    # sclerosis (hard, bright bone on both sides of the worn joint), a slope, grain.
+    ray = 0.14 + 0.30 * np.sqrt(np.clip(1 - (x / vary(1.15, 1.4)) ** 2, 0, 1)) + 0.10 * bump(y, -0.55, 0.5) * bump(x, 0, 0.7)
+    sponge = 0.6 * noise(size // 5, size // 2) + 0.8 * noise(size // 12, size // 12)
+    for bone, weight in ((femur, 1.0), (tibia, 1.0), (fibula, 0.3)):
+        depth = np.clip(bone, 0, 0.3)
+        inside = 0.15 + 0.12 * np.exp(-depth / 0.02) + 0.10 * soft_step(depth - 0.12, 0.06) + 0.016 * sponge
+        ray += weight * soft_step(bone, 0.006) * inside
+    ray += 0.05 * soft_step(1 - np.hypot(x / 0.38, (y + 0.5) / 0.32), 0.05)
+    ray += 0.035 * bump(y, -0.36 + 0.05 * np.cos(3.5 * x), 0.012) * soft_step(femur, 0.01)
+    hard = sign(1.5, 3.6) * soft_step(x * worn - 0.12, 0.05)
+    for bone, most in ((tibia, 0.26), (femur, 0.15)):
+        ray += most * hard * soft_step(bone, 0.006) * np.exp(-np.clip(bone, 0, 1) / 0.07)
+    ray += knee.normal(0, 0.04) * x + 0.010 * vary(0.4, 1.8) * noise(size, size)
+
+    low, high = np.percentile(ray[::4, ::4], (1, 99))
+    grey = np.clip((ray - low) / (high - low), 0, 1.2) ** vary(0.65, 1.35) * vary(0.5, 1.0) + vary(0.02, 0.2)
+    image = Image.fromarray(np.uint8(255 * np.clip(grey, 0, 1)))
+    return np.asarray(image.filter(ImageFilter.GaussianBlur(vary(0.3, 0.9))))
+
+
+def make_phantoms(folder, count=1000, seed=0):
+    """Draws `count` phantoms into folder/0 ... folder/4, a left and a right knee of each patient (`1000001L.png`).
+    Raises KneeError if the folder is there and not empty, or if `count` is too small to be split by patient."""
+    folder = Path(folder)
+    if count < 30:
+        raise KneeError(f"--count {count}: too few to be split by patient, draw 30 or more")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise KneeError(f"{folder}: is there already, remove it or name another folder with --data")
+    beside = folder.with_name(folder.name + ".part")  # renamed at the end: a half-drawn set is never taken for a whole one
+    for grade in range(5):
+        (beside / str(grade)).mkdir(parents=True, exist_ok=True)
+
+    def draw(i):
+        number, left = i // 2, i % 2
+        patient = np.random.default_rng((seed, number))
+        knee = np.random.default_rng((seed, number, 1 + left))
+        usual = (0, 1, 2, 3, 0, 2, 4, 1, 0, 3, 2, 4, 0, 1, 3, 2, 0, 4)[number % 18] + patient.uniform(-0.5, 0.5)
+        severity = float(np.clip(usual + knee.normal(0, 0.35), -0.5, 4.49))
+        picture = draw_phantom(severity, patient, knee)
+        file = beside / str(max(0, round(severity))) / f"{1_000_001 + number}{'RL'[left]}.png"
+        Image.fromarray(picture[:, ::-1] if left else picture).save(file)
+
+    in_threads(draw, range(count), "draw")
+    if folder.exists():
+        folder.rmdir()
+    beside.rename(folder)
+
+
+# ------------------------------------------------------------------------------------------------------------ commands
+# Each command is a function of plain paths and settings; only `main` reads the command line and prints errors.
+
+
+def table(head, rows):
+    """Lines of text, the first column to the left and the others to the right."""
+    cells = [[str(cell) for cell in row] for row in (head, *rows)]
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    return "\n".join("  ".join(cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths)))
+                     for row in cells)
+
+
+def command_split(data, run, config, patients_file=None):
+    """Makes RUN/split.csv and prints how many pictures and patients of each grade are in each subset."""
+    if (run / "last.pt").exists():
+        raise KneeError(f"{run}: a training has begun with its split, name another folder with --run")
+    xrays, notes = make_split(data, config.seed, patients_file)
+    print(*notes, sep="\n")
+    run.mkdir(parents=True, exist_ok=True)
+    save_csv(run / "split.csv", ("path", "grade", "patient", "subset"), xrays)
+    rows = []
+    for subset in SUBSETS:
+        own = [x for x in xrays if x.subset == subset]
+        patients = {(x.grade, x.patient) for x in own}
+        rows.append([subset, *(f"{sum(x.grade == g for x in own)} ({sum(p[0] == g for p in patients)})" for g in range(5)),
+                     f"{len(own)} ({len({x.patient for x in own})})"])
+    print(table(("pictures (patients)", *(f"grade {g}" for g in range(5)), "all"), rows))
+    return xrays
+
+
+def read_split(data, run):
+    """The pictures of RUN/split.csv. Raises KneeError if it is damaged, or if pictures that it names are not in `data`."""
+    path = run / "split.csv"
+    if not path.exists():
+        raise KneeError(f"{path}: no such file, run split or train first, or name the run's folder with --run")
+    try:
+        with open(path, newline="", encoding="utf-8", errors="surrogateescape") as file:
+            xrays = [Xray(row["path"], int(row["grade"]), row["patient"], row["subset"]) for row in csv.DictReader(file)]
+        if not {"train", "val"} <= {x.subset for x in xrays} <= SUBSETS.keys() or {x.grade for x in xrays} != set(range(5)):
+            raise ValueError("subsets or grades are missing")
+    except (KeyError, TypeError, ValueError, csv.Error) as error:
+        raise KneeError(f"{path}: is damaged ({error}), remove it and run split again") from error
+    refuse_leaks(path, xrays)
+    gone = [x.path for x in xrays if not (data / x.path).is_file()]
+    if gone:
+        raise KneeError(f"{path}: {len(gone)} of its pictures are not in {data}, {gone[0]} for one; name their folder "
+                        f"with --data, or another run with --run")
+    return xrays
+
+
+def command_train(data, run, config, device, patients_file=None):
+    """Trains on the split of the run, which is made if it is missing, then tests."""
+    xrays = read_split(data, run) if (run / "split.csv").exists() else command_split(data, run, config, patients_file)
+    train_set, val_set = (KneeFolder(data, [x for x in xrays if x.subset == s], config.size, device) for s in ("train", "val"))
+    print(f"training on {len(train_set)} pictures, validating on {len(val_set)}, {count_weights(KneeNet(config.widths)):,} "
+          f"weights, on {device}" + (f" with {torch.get_num_threads()} threads" if device.type == "cpu" else ""))
+    train(train_set, val_set, config, run)
+    command_test(data, run, device)
+    print(f"\nall of it is in {run}; next: python kneeoa.py plot --data {data} --run {run}")
+
+
+def load_net(checkpoint, device):
+    """The network of a checkpoint, on the device and ready to answer."""
+    net = KneeNet(checkpoint["config"].widths).to(device, memory_format=torch.channels_last)
+    net.load_state_dict(checkpoint["net"])
+    return net.eval()
+
+
+def tested_subset(xrays):
+    """("test", its pictures), or ("val", ...) where there is no test subset."""
+    subset = "test" if any(x.subset == "test" for x in xrays) else "val"
+    return subset, [x for x in xrays if x.subset == subset]
+
+
+def command_test(data, run, device):
+    """Tests the best epoch: prints the figures, writes RUN/metrics.json and RUN/predictions.csv."""
+    checkpoint, xrays = load_checkpoint(run / "best.pt"), read_split(data, run)
+    net = load_net(checkpoint, device)
+    subset, tested = tested_subset(xrays)
+    dataset = KneeFolder(data, tested, checkpoint["config"].size, device)
+    answers = probabilities(net, dataset.images).cpu()
+    true, predicted = dataset.grades.cpu().numpy(), grade_of(answers).numpy()
+    confusion = confusion_matrix(true, predicted)
+    figures, within = metrics(confusion), intervals(true, predicted, [x.patient for x in tested])
+    usual = Counter(x.grade for x in xrays if x.subset == "train").most_common(1)[0][0]
+    majority = metrics(confusion_matrix(true, np.full_like(true, usual)))
+
+    print(f"\n{subset} subset: {len(tested)} pictures, by the weights of epoch {checkpoint['epoch']}, which validation chose")
+    if subset == "val":
+        print("there is no test subset: the epoch was chosen on these very pictures, so the figures flatter a little")
+    print(table(("", "figure", "95 % interval", f"always grade {usual}"), [
+        (title, f"{figures[name]:.3f}", "{:.3f} to {:.3f}".format(*within[name]), f"{majority[name]:.3f}")
+        for name, title in FIGURES.items()]))
+    print(table(("", *(f"{g} {name}" for g, name in enumerate(GRADES))),
+                [("recall", *(f"{recall:.3f}" for recall in figures["recall"])), ("pictures", *confusion.sum(1))]))
+
+    plain = {name: None if np.isnan(figures[name]) else float(figures[name]) for name in FIGURES}
+    result = {"subset": subset, "n": len(tested), "epoch": checkpoint["epoch"], "parameters": count_weights(net), **plain,
+              "recall": [None if np.isnan(r) else float(r) for r in figures["recall"]], "confusion": confusion.tolist(),
+              "majority_accuracy": float(majority["accuracy"]), "intervals": within}
+    save(run / "metrics.json", json.dumps(result, indent=1) + "\n")
+    save_csv(run / "predictions.csv", ("path", "grade", "predicted", *(f"p{g}" for g in range(5))),
+             [(x.path, x.grade, p, *(f"{a:.4f}" for a in answer)) for x, p, answer in zip(tested, predicted, answers.tolist())])
+    return result
+
+
+def command_plot(data, run, device):
+    """Draws RUN/report.png from what a run has left, also from one that is not finished."""
+    checkpoint, xrays = load_checkpoint(run / "best.pt"), read_split(data, run)
+    history = load_checkpoint(run / "last.pt")["history"]
+    result = command_test(data, run, device)
+    size = checkpoint["config"].size
+    subset, tested = tested_subset(xrays)
+    with open(run / "predictions.csv", newline="", encoding="utf-8", errors="surrogateescape") as file:
+        answer = {row["path"]: int(row["predicted"]) for row in csv.DictReader(file)}
+    shown = []  # for each grade the first picture answered right and the first answered wrong, as far as there are any
+    for right, grade in itertools.product((True, False), range(5)):
+        shown.append(next((x for x in tested if x.grade == grade and (answer[x.path] == grade) == right), None))
+    dataset = KneeFolder(data, [x for x in shown if x], size, device)
+    heats, _ = heat_maps(load_net(checkpoint, device), dataset.images)
+    pictures = iter(zip(dataset.images[:, 0].cpu().numpy(), heats.cpu().numpy(), dataset.grades.tolist()))
+    cells = [x and (*next(pictures), answer[x.path]) for x in shown]
+    draw_report(run / "report.png", run.name, history, checkpoint["epoch"], result, cells)
+    print(f"\ndrawn: {run / 'report.png'}")
+
+
+def command_predict(run, device, images, heatmap=None):
+    """Prints grade, its name and the probability of each grade for picture files; draws their heat maps into `heatmap`."""
+    checkpoint = load_checkpoint(run / "best.pt")
+    net, size = load_net(checkpoint, device), checkpoint["config"].size
+    pictures = torch.from_numpy(np.stack(in_threads(lambda path: read_xray(path, size), images, "decode")))[:, None].to(device)
+    answers = probabilities(net, pictures)
+    grades = grade_of(answers).tolist()
+    print(table(("file", "grade", "name", *(f"p{g}" for g in range(5))), [
+        (path, grade, GRADES[grade], *(f"{p:.3f}" for p in answer))
+        for path, grade, answer in zip(images, grades, answers.tolist())]))
+    if heatmap:
+        draw_heat_maps(heatmap, pictures, heat_maps(net, pictures)[0], grades, images)
+        print(f"drawn: {heatmap}")
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):  # argparse would print its usage first, and the one line that matters would drown in it
+        raise KneeError(f"{message}; see python kneeoa.py --help")
+
+
+def parse_widths(text):
+    return tuple(int(width) for width in text.split(","))
+
+
+def make_parser():
+    """The command line, its settings made from the fields of Config. Only what is typed is set."""
+    common = Parser(add_help=False, argument_default=argparse.SUPPRESS)
+    common.add_argument("--data", type=Path, help="folder of the X-rays (data if it is there, else phantoms, drawn on first use)")
+    common.add_argument("--run", type=Path, help="folder of what a run leaves (runs/ and the data folder's name)")
+    common.add_argument("--patients", type=Path, help="CSV file image,patient (osail_patients.csv beside this program)")
+    for f in fields(Config):
+        kind = parse_widths if f.name == "widths" else type(f.default)
+        default = ",".join(map(str, f.default)) if f.name == "widths" else f.default
+        common.add_argument(f"--{f.name.replace('_', '-')}", type=kind, help=f"{f.metadata['meaning']} ({default})")
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, text in (("split", "share out the patients"), ("train", "split, train and test"), ("test", "test again"),
+                       ("plot", "draw the sheet of a run"), ("predict", "grade pictures"), ("phantoms", "draw phantoms")):
+        command = commands.add_parser(name, parents=[common], help=text, argument_default=argparse.SUPPRESS)
+        if name == "predict":
+            command.add_argument("images", nargs="+", metavar="IMAGE")
+            command.add_argument("--heatmap", type=Path, metavar="OUT.png", help="draw the heat maps into this file")
+        if name == "phantoms":
+            command.add_argument("--count", type=int, default=1000, help="how many pictures in all (1000)")
+    return parser
+
+
+def run_command(argv):
+    given = vars(make_parser().parse_args(argv))
+    command = given.pop("command")
+    data = given.pop("data", Path("data") if Path("data").is_dir() else Path("phantoms"))
+    run = given.pop("run", Path("runs") / data.resolve().name)
+    patients_file = given.pop("patients", None)
+    images, heatmap, count = given.pop("images", None), given.pop("heatmap", None), given.pop("count", None)
+    config = Config(**given)
+    device = pick_device(config.device)
+    if command == "phantoms":
+        return make_phantoms(data, count, config.seed)
+    if data == Path("phantoms") and not data.exists() and command in ("split", "train", "tune"):
+        print("no folder data here, and no --data: drawing 1000 phantoms into phantoms/ (no medical data)")
+        make_phantoms(data)
+    if command == "split":
+        return command_split(data, run, config, patients_file)
+    if command == "train":
+        return command_train(data, run, config, device, patients_file)
+    # The other commands take the settings of the run; one that is typed must not say otherwise.
+    begun = load_checkpoint(run / "best.pt")
+    refuse_other(run, begun, begun | {"config": replace(begun["config"], **given)})
+    if command == "test":
+        command_test(data, run, device)
+    if command == "plot":
+        command_plot(data, run, device)
+    if command == "predict":
+        command_predict(run, device, images, heatmap)
+
+
+def main(argv=None):
+    """Runs a command line. Returns the exit status: 0, 2 after a user's error, 130 after Ctrl-C."""
+    warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
+    try:
+        run_command(argv)
+    except (KneeError, OSError) as error:
+        text = str(error)
+        if isinstance(error, OSError):
+            text = f"{error.filename or 'file'}: {error.strerror or error}, make room or check the folder's permissions"
+        print("kneeoa: error: " + text.replace("\n", "\\n"), file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("kneeoa: stopped; what was finished is kept, the same command goes on after the last whole epoch", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
