@@ -4,7 +4,7 @@ PYTHON ?= .venv/bin/python
 VENV := $(filter .venv/bin/python,$(PYTHON))
 KNEEOA = $(PYTHON) kneeoa.py $@ $(if $(DATA),--data "$(DATA)") $(if $(RUN),--run "$(RUN)") $(ARGS)
 
-.PHONY: help split train plot predict phantoms test
+.PHONY: help split train plot tune predict phantoms test
 
 help: ## print these targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
@@ -16,6 +16,9 @@ train: $(VENV) ## train a network, keep its best epoch, test it once
 	$(KNEEOA)
 
 plot: $(VENV) ## draw the sheet of the run: curves, confusion matrix, heat maps
+	$(KNEEOA)
+
+tune: $(VENV) ## try settings: make tune ARGS="--lr 1e-3 3e-3 --dropout 0 0.3"
 	$(KNEEOA)
 
 predict: $(VENV) ## grade pictures: make predict ARGS="knee.png other.png"

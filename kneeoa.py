@@ -86,7 +86,8 @@ class Config:
                 good = 1 <= len(value) <= 4 and all(isinstance(v, int) and low <= v <= high for v in value)
                 wanted = f"one to four numbers from {low} to {high}, with commas"
             else:  # written so that NaN, which is neither below nor above anything, is refused too
-                good, wanted = isinstance(value, (int, float)) and low <= value <= high, f"from {low:g} to {high:g}"
+                good = isinstance(value, (int, type(f.default))) and low <= value <= high
+                wanted = f"from {low:g} to {high:g}"
             if not good:
                 raise KneeError(f"--{f.name.replace('_', '-')} {value}: must be {wanted}")
 
@@ -156,8 +157,11 @@ def read_patients(path):
     """{file name: patient} from a CSV file with the columns image,patient."""
     try:
         with open(path, newline="", encoding="utf-8") as file:
-            return {row["image"]: row["patient"].strip() for row in csv.DictReader(file)}
-    except (KeyError, AttributeError, UnicodeDecodeError, csv.Error) as error:
+            reader = csv.DictReader(file)
+            if not {"image", "patient"} <= set(reader.fieldnames or ()):
+                raise ValueError("no columns image,patient")
+            return {row["image"]: (row["patient"] or "").strip() for row in reader}
+    except (ValueError, csv.Error) as error:  # ValueError: a file that is no text, too
         raise KneeError(f"{path}: is no patients file, its first line must be image,patient") from error
 
 
@@ -280,8 +284,8 @@ def refuse_leaks(where, xrays):
         homes[xray.patient].add(xray.subset)
     leaks = sorted(patient for patient, subsets in homes.items() if len(subsets) > 1)
     if leaks:
-        raise KneeError(f"{where}: {len(leaks)} patients are in two subsets ({', '.join(leaks[:5])}{' ...' if leaks[5:] else ''}), "
-                        f"move all pictures of each to one")
+        raise KneeError(f"{where}: {len(leaks)} patients are in two subsets ({', '.join(leaks[:5])}"
+                        f"{' ...' if leaks[5:] else ''}), move all pictures of each to one")
 
 
 def make_split(folder, seed, patients_file=None):
@@ -420,53 +424,54 @@ def count_weights(net):
 
 
 # -------------------------------------------------------------------------------------------- standardize and augment
-# Exposure says nothing about the joint, so it is taken out of every picture, in training and in testing alike. What can change between two X-rays of the
-# same knee (side, angle, distance, exposure) is changed at random in training, and only there.
-
-
-def local_mean(images, cell):
-    """The mean of the 3 x 3 cells of `cell` pixels around each pixel, smoothly, (N, 1, S, S) to the same shape. Averaging
-    the cells first and spreading the result out afterwards is 8 times as fast as a window slid over all pixels."""
-    cells = F.avg_pool2d(images, cell, ceil_mode=True, count_include_pad=False)
-    cells = F.avg_pool2d(cells, 3, stride=1, padding=1, count_include_pad=False)
-    size = images.shape[-1]
-    return F.interpolate(cells, scale_factor=cell, mode="bilinear")[..., :size, :size]
+# Exposure says nothing about the joint, so it is taken out of every picture, in training and in testing alike. What can
+# change between two X-rays of one knee (side, angle, distance) is changed at random, in training alone.
 
 
 def standardize(images):
-    """Any float or uint8 (N, 1, S, S) of 0 to 255 to float of about mean 0 and deviation 1, by local contrast
+    """Any uint8 or float (N, 1, S, S) of 0 to 255 to float of about mean 0 and deviation 1, by local contrast
     normalization (Jarrett et al., 2009): each pixel less the mean around it, divided by the deviation around it.
 
-    An X-ray of a knee is bright in the middle and dark at its sides, and a spur at the margin is a faint grey on black.
-    Taken out over a tenth of the width, the exposure is gone and every edge is equally strong. Measured on Chen's set,
-    this is worth more than all other choices in this file together: see README.md.
+    An X-ray is bright where the knee is thick and dark at its sides; a spur at the margin is a faint grey on black. With
+    the mean of a tenth of the width taken out, the exposure is gone and all edges are about equally strong. Measured on
+    Chen's set, this is worth more than all other choices in this file together: see README.md.
     """
     images = images.float()
-    cell = max(1, images.shape[-1] // 28)  # 8 of 224 pixels
-    detail = images - local_mean(images, cell)
-    square = detail.square()
-    around, overall = local_mean(square, cell).sqrt(), square.mean((2, 3), keepdim=True).sqrt()
-    # Half of the deviation is that of the whole picture, so that an even background does not turn into loud noise.
-    return detail / (0.5 * around + 0.5 * overall + 1)
+    size = images.shape[-1]
+    cell = max(1, size // 28)  # 8 of 224 pixels
+
+    def around(x):  # the mean over 3 x 3 cells; averaging whole cells is 10 times as fast as a window for each pixel
+        return F.avg_pool2d(F.avg_pool2d(x, cell, ceil_mode=True), 3, stride=1, padding=1, count_include_pad=False)
+
+    def spread(cells):  # back to one value for each pixel
+        return F.interpolate(cells, scale_factor=cell, mode="bilinear")[..., :size, :size]
+
+    detail = images - spread(around(images))
+    variance = around(detail.square())
+    # Half of the deviation is that of the whole picture, so that an even background does not turn into loud noise; and 1
+    # of the 255 greys is added, so that an even picture comes out as 0.
+    return detail / spread(0.5 * variance.sqrt() + 0.5 * variance.mean((2, 3), keepdim=True).sqrt() + 1)
 
 
 def augment(images, generator, strength=1.0):
-    """uint8 (N, 1, S, S) to float (N, 1, S, S): each mirrored or not, turned by up to 10 degrees, scaled and shifted by up
-    to 10 and 5 %, its greys bent by a power from 0.67 to 1.5; all times `strength`.
+    """uint8 (N, 1, S, S) to float (N, 1, S, S): each mirrored or not, turned by up to 10 degrees, its scale changed by up
+    to 10 %, its proportions and place by up to 5 %; all times `strength`.
 
-    The random numbers come from `generator`, which is on the CPU: it draws the same on every device.
+    The random numbers come from `generator`, which is on the CPU and so draws the same for every device.
     """
-    draws = torch.rand(7, len(images), generator=generator).to(images.device) * 2 - 1  # (7, N), from -1 to 1
-    turn, zoom, stretch, right, down, power = draws[:6] * strength
-    mirror = draws[6].sign()
-    turn, wide, high = turn * math.radians(10), torch.exp(zoom * 0.1 + stretch * 0.05), torch.exp(zoom * 0.1)
-    rows = (
-        torch.stack((turn.cos() * wide * mirror, -turn.sin() * wide, right * 0.1), 1),  # the shift counts half widths
-        torch.stack((turn.sin() * high * mirror, turn.cos() * high, down * 0.1), 1),
-    )
-    grid = F.affine_grid(torch.stack(rows, 1), images.shape, align_corners=False)  # (N, S, S, 2): where to look
-    moved = F.grid_sample(images.float() / 255, grid, padding_mode="border", align_corners=False)
-    return moved.clamp(0, 1).pow(torch.exp(power * 0.4)[:, None, None, None]) * 255
+    n, size = len(images), images.shape[-1]
+    turn, zoom, stretch, right, down, mirror = torch.rand(6, n, 1, generator=generator).to(images.device) * 2 - 1
+    turn, right, down = math.radians(10) * strength * turn, 0.1 * strength * right, 0.1 * strength * down  # 2 is the width
+    high = torch.exp(0.1 * strength * zoom)
+    wide = torch.exp(0.05 * strength * stretch) * high
+    # Where to look in the old picture for each pixel of the new one, as x and y from -1 to 1. F.affine_grid does the same,
+    # ten times as slowly.
+    centre = (torch.arange(size, device=images.device) + 0.5) * 2 / size - 1
+    look = torch.empty(n, size, size, 2, device=images.device)
+    flip = mirror.sign()
+    look[..., 0] = (flip * wide * turn.cos() * centre + right)[:, None, :] - (wide * turn.sin() * centre)[:, :, None]
+    look[..., 1] = (flip * high * turn.sin() * centre + down)[:, None, :] + (high * turn.cos() * centre)[:, :, None]
+    return F.grid_sample(images.float(), look, padding_mode="border", align_corners=False)
 
 
 # -------------------------------------------------------------------------------------------------------------- saving
@@ -502,20 +507,28 @@ def save_checkpoint(path, checkpoint):
     save(path, memory.getvalue())
 
 
-def load_checkpoint(path):
-    """The checkpoint at `path` as a dictionary, its "config" made into a Config. Raises KneeError if it is none of ours."""
+def load_checkpoint(path, *needed):
+    """The checkpoint at `path` as a dictionary, its "config" made into a Config. Raises KneeError if it is none of this
+    program's, or lacks one of the keys that are needed."""
     if not path.is_file():
         raise KneeError(f"{path}: no such checkpoint, run train first or name the run's folder with --run")
     try:
         # weights_only: a checkpoint is a pickle, and a pickle from a stranger can run any program.
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         checkpoint["config"] = Config(**checkpoint["config"])
-        KneeNet(checkpoint["config"].widths).load_state_dict(checkpoint["net"])
-        return checkpoint
-    except OSError:
-        raise
-    except Exception as error:  # what torch.load raises on foreign bytes is not documented, and can be anything
-        raise KneeError(f"{path}: is damaged or no checkpoint of this program, train again with another --run") from error
+        load_net(checkpoint, torch.device("cpu"))
+        [checkpoint[key] for key in needed]
+    except Exception as error:  # what torch.load raises on foreign bytes is documented nowhere, and can be anything
+        raise KneeError(f"{path}: is damaged or of another program ({type(error).__name__}), remove its folder or name "
+                        f"another with --run") from error
+    return checkpoint
+
+
+def load_net(checkpoint, device):
+    """The network of a checkpoint, on the device and ready to answer."""
+    net = KneeNet(checkpoint["config"].widths).to(device, memory_format=torch.channels_last)
+    net.load_state_dict(checkpoint["net"])
+    return net.eval()
 
 
 # ------------------------------------------------------------------------------------------------------------ training
@@ -596,7 +609,7 @@ BAR = "{desc} {percentage:3.0f}%|{bar:16}| {n_fmt}/{total_fmt} {elapsed} {postfi
 HISTORY = ("epoch", "train_loss", "train_accuracy", "val_loss", "val_accuracy", "val_kappa", "lr", "seconds")
 
 
-def train(train_set, val_set, config, run):
+def train(train_set, val_set, config, run, bars=True):
     """Trains a network, writing last.pt, best.pt and history.csv into the folder `run` after each epoch, and goes on
     where last.pt stands if it is there. Returns the checkpoint of the best epoch: the one with the highest quadratic
     weighted kappa on the validation subset. Raises KneeError if the loss is no number any more, or if last.pt was begun
@@ -618,19 +631,21 @@ def train(train_set, val_set, config, run):
 
     begun = {"config": asdict(config), "pictures": fingerprint(train_set, val_set)}
     history, best = [], None
+    run.mkdir(parents=True, exist_ok=True)
     if (run / "last.pt").exists():
-        last = load_checkpoint(run / "last.pt")
+        last = load_checkpoint(run / "last.pt", "adam", "schedule", "best", "history", "pictures")
         refuse_other(run, last, begun | {"config": config})
         net.load_state_dict(last["net"])
         adam.load_state_dict(last["adam"])
         schedule.load_state_dict(last["schedule"])
         history, best = last["history"], last["best"]
+        print(f"{run}: {len(history)} of {config.epochs} epochs are done already" + ", going on" * (len(history) < config.epochs))
         save_checkpoint(run / "best.pt", begun | best)
         save_csv(run / "history.csv", HISTORY, history)
 
     for epoch in range(len(history) + 1, config.epochs + 1):
         start = time.perf_counter()
-        # Three generators, so that drawing one more augmentation never changes the order of the pictures or the dropout.
+        # Three generators, so that drawing one more augmentation never changes the order of the pictures or dropout.
         seeds = np.random.SeedSequence((config.seed, epoch)).generate_state(3).tolist()
         order, chance = (torch.Generator().manual_seed(s) for s in seeds[:2])
         torch.manual_seed(seeds[2])  # dropout
@@ -638,7 +653,7 @@ def train(train_set, val_set, config, run):
         net.train()  # evaluate() below switches this off, so it is switched on again in each epoch
         sums, shown = torch.zeros(2, device=device), start  # of loss and accuracy; they stay on the device
         title = f"epoch {epoch:{len(str(config.epochs))}}/{config.epochs}"
-        with tqdm(total=steps, desc=title, unit="batch", bar_format=BAR) as bar:
+        with tqdm(total=steps, desc=title, bar_format=BAR, disable=not bars) as bar:
             for step, index in enumerate(shuffled[: steps * batch].split(batch), 1):
                 images, grades = train_set[index]  # uint8 (B, 1, S, S), int64 (B,)
                 images = standardize(augment(images, chance, config.augment))  # float (B, 1, S, S)
@@ -651,7 +666,7 @@ def train(train_set, val_set, config, run):
                 schedule.step()
                 sums += torch.stack((loss.detach(), (logits.argmax(1) == grades).float().mean()))
                 bar.update()
-                if step == steps or time.perf_counter() - shown > 0.3:  # .tolist() waits for the GPU: not at every step
+                if step == steps or time.perf_counter() - shown > 0.3:  # not at each step: .tolist() waits for the GPU
                     shown = time.perf_counter()
                     train_loss, train_accuracy = (sums / step).tolist()
                     bar.set_postfix_str(f"loss {train_loss:.3f} accuracy {train_accuracy:.3f}")
@@ -659,17 +674,19 @@ def train(train_set, val_set, config, run):
 
             val_loss, answers = evaluate(net, val_set, config.softness)
             if not math.isfinite(train_loss + val_loss):
-                raise KneeError(f"epoch {epoch}: the loss is no number any more, try --lr {config.lr / 4:.1g} and another --run")
+                raise KneeError(f"epoch {epoch}: the loss is no number any more, "
+                                f"try --lr {config.lr / 4:.1g} and another --run")
             scores = metrics(confusion_matrix(val_set.grades, grade_of(answers)))
             accuracy, kappa = float(scores["accuracy"]), float(scores["kappa"])
             left = (config.epochs - epoch) * (time.perf_counter() - start)
             bar.set_postfix_str(f"{bar.postfix} | validation loss {val_loss:.3f} accuracy {accuracy:.3f} "
                                 f"kappa {kappa:.3f} | {tqdm.format_interval(left)} left")
 
-        history.append([epoch, train_loss, train_accuracy, val_loss, accuracy, kappa,
-                        config.lr * rate(epoch / config.epochs), seconds])
-        if best is None or kappa > best["kappa"]:
-            best = {"epoch": epoch, "kappa": kappa, "net": {k: v.clone() for k, v in net.state_dict().items()}}
+        row = [epoch, train_loss, train_accuracy, val_loss, accuracy, kappa, config.lr * rate(epoch / config.epochs), seconds]
+        history.append(row)
+        if best is None or kappa > best["figures"]["val_kappa"]:
+            weights = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+            best = {"epoch": epoch, "figures": dict(zip(HISTORY, row)), "net": weights}
         # All is in last.pt, and the other two are made from it, so there is no moment at which they could disagree.
         save_checkpoint(run / "last.pt", begun | {"net": net.state_dict(), "adam": adam.state_dict(), "best": best,
                                                   "schedule": schedule.state_dict(), "history": history})
@@ -795,22 +812,23 @@ def draw_report(path, name, history, chosen, result, cells):
                   fontsize=9, color="white" if shares[true, predicted] > 0.5 else "black")
     axes.set(xlabel="predicted grade", ylabel="true grade", title=f"{result['subset']}: pictures, share of the row")
     grid = bottom.subplots(2, 10, squeeze=False)
-    for i, axes in enumerate(grid.flat):  # the upper row answered right, the lower one wrong; a picture, then its heat map
+    for i, axes in enumerate(grid.flat):  # the upper row answered right, the lower one wrong
         cell = cells[i // 2]
         if cell is None:
             axes.axis("off")
             continue
         image, heat, true, predicted = cell
         show_xray(axes, image, heat if i % 2 else None, f"predicted {predicted}" if i % 2 else f"true {true}")
-    bottom.suptitle("a picture of each grade answered right, below one answered wrong; beside each, bright, what spoke for the predicted grade",
-                    fontsize=10)
+    bottom.suptitle("for each grade a picture answered right, below it one answered wrong; "
+                    "beside each, in colour, what spoke for the predicted grade", fontsize=10)
     save_figure(path, figure)
 
 
 def draw_heat_maps(path, images, heats, grades, names):
     """Each picture (N, 1, S, S) beside its heat map (N, S, S), one to a row, under its name and predicted grade."""
     figure = new_figure(6.4, 3.3 * len(images))
-    for (left, right), image, heat, grade, name in zip(figure.subplots(len(images), 2, squeeze=False), images, heats, grades, names):
+    rows = figure.subplots(len(images), 2, squeeze=False)
+    for (left, right), image, heat, grade, name in zip(rows, images, heats, grades, names):
         show_xray(left, image[0].cpu().numpy(), None, Path(name).name)
         show_xray(right, image[0].cpu().numpy(), heat.cpu().numpy(), f"predicted {grade} ({GRADES[grade]})")
     save_figure(path, figure)
@@ -984,22 +1002,24 @@ def read_split(data, run):
     return xrays
 
 
+def split_of_run(data, run, config, patients_file):
+    if (run / "split.csv").exists():
+        return read_split(data, run)
+    return command_split(data, run, config, patients_file)
+
+
+def training_sets(data, xrays, config, device):
+    return [KneeFolder(data, [x for x in xrays if x.subset == s], config.size, device) for s in ("train", "val")]
+
+
 def command_train(data, run, config, device, patients_file=None):
     """Trains on the split of the run, which is made if it is missing, then tests."""
-    xrays = read_split(data, run) if (run / "split.csv").exists() else command_split(data, run, config, patients_file)
-    train_set, val_set = (KneeFolder(data, [x for x in xrays if x.subset == s], config.size, device) for s in ("train", "val"))
-    print(f"training on {len(train_set)} pictures, validating on {len(val_set)}, {count_weights(KneeNet(config.widths)):,} "
+    sets = training_sets(data, split_of_run(data, run, config, patients_file), config, device)
+    print(f"training on {len(sets[0])} pictures, validating on {len(sets[1])}, {count_weights(KneeNet(config.widths)):,} "
           f"weights, on {device}" + (f" with {torch.get_num_threads()} threads" if device.type == "cpu" else ""))
-    train(train_set, val_set, config, run)
+    train(*sets, config, run)
     command_test(data, run, device)
     print(f"\nall of it is in {run}; next: python kneeoa.py plot --data {data} --run {run}")
-
-
-def load_net(checkpoint, device):
-    """The network of a checkpoint, on the device and ready to answer."""
-    net = KneeNet(checkpoint["config"].widths).to(device, memory_format=torch.channels_last)
-    net.load_state_dict(checkpoint["net"])
-    return net.eval()
 
 
 def tested_subset(xrays):
@@ -1043,10 +1063,10 @@ def command_test(data, run, device):
 def command_plot(data, run, device):
     """Draws RUN/report.png from what a run has left, also from one that is not finished."""
     checkpoint, xrays = load_checkpoint(run / "best.pt"), read_split(data, run)
-    history = load_checkpoint(run / "last.pt")["history"]
+    history = load_checkpoint(run / "last.pt", "history")["history"]
     result = command_test(data, run, device)
     size = checkpoint["config"].size
-    subset, tested = tested_subset(xrays)
+    _, tested = tested_subset(xrays)
     with open(run / "predictions.csv", newline="", encoding="utf-8", errors="surrogateescape") as file:
         answer = {row["path"]: int(row["predicted"]) for row in csv.DictReader(file)}
     shown = []  # for each grade the first picture answered right and the first answered wrong, as far as there are any
@@ -1075,6 +1095,32 @@ def command_predict(run, device, images, heatmap=None):
         print(f"drawn: {heatmap}")
 
 
+def command_tune(data, run, grid, device, patients_file=None):
+    """Trains every combination of a grid {setting: its values} and compares them on the validation subset alone. Each
+    finished one is a row of RUN/tune.csv, which is not trained again when an interrupted search goes on."""
+    def row_of(config):
+        return tuple(text_of(getattr(config, f.name)) for f in fields(Config) if f.name != "device")
+
+    settings = {row_of(config): config for config in (Config(**dict(zip(grid, v))) for v in itertools.product(*grid.values()))}
+    names, figures = [f.name for f in fields(Config) if f.name != "device"], ("epoch", "val_loss", "val_accuracy", "val_kappa")
+    xrays = split_of_run(data, run, next(iter(settings.values())), patients_file)
+    done = {}
+    if (run / "tune.csv").exists():
+        with open(run / "tune.csv", newline="", encoding="utf-8") as file:
+            done = {tuple(row[n] for n in names): [row[f] for f in figures] for row in csv.DictReader(file)}
+    for row, config in tqdm(settings.items(), "tune", unit="setting"):
+        if row not in done:
+            best = train(*training_sets(data, xrays, config, device), config, run / "tune" / "_".join(row), bars=False)
+            done[row] = [f"{best['figures'][f]:.4g}" for f in figures]
+            save_csv(run / "tune.csv", (*names, *figures), [key + tuple(value) for key, value in done.items()])
+    ranked = sorted(settings, key=lambda row: -float(done[row][-1]))
+    tried = [names.index(name) for name in grid]
+    print(table(("", *grid, *figures), [(i, *(row[t] for t in tried), *done[row]) for i, row in enumerate(ranked, 1)]))
+    words = [f"--{n.replace('_', '-')} {text}" for n, text in zip(names, ranked[0])
+             if n != "epochs" and text != text_of(getattr(Config, n))]
+    print(f"\nthe best of them in full: python kneeoa.py train --data {data} --run {run}-best {' '.join(words)}")
+
+
 class Parser(argparse.ArgumentParser):
     def error(self, message):  # argparse would print its usage first, and the one line that matters would drown in it
         raise KneeError(f"{message}; see python kneeoa.py --help")
@@ -1084,56 +1130,67 @@ def parse_widths(text):
     return tuple(int(width) for width in text.split(","))
 
 
+def text_of(value):
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+COMMANDS = {"split": "share out the patients", "train": "train the network, then test it", "test": "test it again",
+            "plot": "draw the sheet of a run", "predict": "grade pictures", "phantoms": "draw phantoms",
+            "tune": "try settings, each of which may be given several values"}
+TUNED = {"lr": [1e-3, 2e-3, 4e-3], "widths": [(16, 32, 64, 128), Config.widths], "dropout": [0.1, 0.3], "epochs": [8]}
+
+
 def make_parser():
     """The command line, its settings made from the fields of Config. Only what is typed is set."""
-    common = Parser(add_help=False, argument_default=argparse.SUPPRESS)
-    common.add_argument("--data", type=Path, help="folder of the X-rays (data if it is there, else phantoms, drawn on first use)")
-    common.add_argument("--run", type=Path, help="folder of what a run leaves (runs/ and the data folder's name)")
-    common.add_argument("--patients", type=Path, help="CSV file image,patient (osail_patients.csv beside this program)")
-    for f in fields(Config):
-        kind = parse_widths if f.name == "widths" else type(f.default)
-        default = ",".join(map(str, f.default)) if f.name == "widths" else f.default
-        common.add_argument(f"--{f.name.replace('_', '-')}", type=kind, help=f"{f.metadata['meaning']} ({default})")
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, text in (("split", "share out the patients"), ("train", "split, train and test"), ("test", "test again"),
-                       ("plot", "draw the sheet of a run"), ("predict", "grade pictures"), ("phantoms", "draw phantoms")):
-        command = commands.add_parser(name, parents=[common], help=text, argument_default=argparse.SUPPRESS)
+    for name, text in COMMANDS.items():
+        command = commands.add_parser(name, help=text, description=text, argument_default=argparse.SUPPRESS)
+        command.add_argument("--data", type=Path, help="folder of the X-rays (data if it is there, else phantoms)")
+        command.add_argument("--run", type=Path, help="folder of what a run leaves (runs/ and the name of the data folder)")
+        command.add_argument("--patients", type=Path, help="CSV file image,patient (osail_patients.csv beside this program)")
+        for f in fields(Config):
+            command.add_argument(f"--{f.name.replace('_', '-')}", type=parse_widths if f.name == "widths" else type(f.default),
+                                 nargs="+" if name == "tune" else None, help=f"{f.metadata['meaning']} ({text_of(f.default)})")
         if name == "predict":
             command.add_argument("images", nargs="+", metavar="IMAGE")
             command.add_argument("--heatmap", type=Path, metavar="OUT.png", help="draw the heat maps into this file")
         if name == "phantoms":
-            command.add_argument("--count", type=int, default=1000, help="how many pictures in all (1000)")
+            command.add_argument("--count", type=int, help="how many pictures in all (1000)")
     return parser
 
 
 def run_command(argv):
     given = vars(make_parser().parse_args(argv))
-    command = given.pop("command")
-    data = given.pop("data", Path("data") if Path("data").is_dir() else Path("phantoms"))
-    run = given.pop("run", Path("runs") / data.resolve().name)
-    patients_file = given.pop("patients", None)
-    images, heatmap, count = given.pop("images", None), given.pop("heatmap", None), given.pop("count", None)
-    config = Config(**given)
+    settings = {f.name: given.pop(f.name) for f in fields(Config) if f.name in given}
+    command = given["command"]
+    data = given.get("data", Path("data") if Path("data").is_dir() else Path("phantoms"))
+    run = given.get("run", Path("runs") / data.resolve().name)
+    patients_file = given.get("patients")
+    if command == "tune":
+        grid = ({"epochs": [8]} if settings.keys() & {"lr", "widths", "dropout"} else TUNED) | settings
+        settings = {name: values[0] for name, values in settings.items()}
+    config = Config(**settings)
     device = pick_device(config.device)
     if command == "phantoms":
-        return make_phantoms(data, count, config.seed)
-    if data == Path("phantoms") and not data.exists() and command in ("split", "train", "tune"):
-        print("no folder data here, and no --data: drawing 1000 phantoms into phantoms/ (no medical data)")
+        return make_phantoms(data, given.get("count", 1000), config.seed)
+    if command in ("split", "train", "tune") and data == Path("phantoms") and not data.exists():
+        print("no folder data here, and no --data: drawing 1000 phantoms into phantoms (no medical data)")
         make_phantoms(data)
     if command == "split":
         return command_split(data, run, config, patients_file)
     if command == "train":
         return command_train(data, run, config, device, patients_file)
+    if command == "tune":
+        return command_tune(data, run, grid, device, patients_file)
     # The other commands take the settings of the run; one that is typed must not say otherwise.
-    begun = load_checkpoint(run / "best.pt")
-    refuse_other(run, begun, begun | {"config": replace(begun["config"], **given)})
+    begun = load_checkpoint(run / "best.pt", "pictures", "epoch")
+    refuse_other(run, begun, begun | {"config": replace(begun["config"], **settings)})
     if command == "test":
-        command_test(data, run, device)
+        return command_test(data, run, device)
     if command == "plot":
-        command_plot(data, run, device)
-    if command == "predict":
-        command_predict(run, device, images, heatmap)
+        return command_plot(data, run, device)
+    return command_predict(run, device, given["images"], given.get("heatmap"))
 
 
 def main(argv=None):
@@ -1144,7 +1201,7 @@ def main(argv=None):
     except (KneeError, OSError) as error:
         text = str(error)
         if isinstance(error, OSError):
-            text = f"{error.filename or 'file'}: {error.strerror or error}, make room or check the folder's permissions"
+            text = f"{error.filename or 'file'}: {error.strerror or error}; check the path, the space on the disk and the permissions"
         print("kneeoa: error: " + text.replace("\n", "\\n"), file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -3,16 +3,19 @@
 import csv
 import json
 import math
-import re
+import shutil
+import signal
+import struct
 import subprocess
 import sys
+import time
+import zlib
 from collections import Counter, defaultdict
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from PIL import Image
 
 import kneeoa
@@ -276,12 +279,6 @@ def test_standardize_takes_exposure_out():
     assert kneeoa.standardize(torch.full((1, 1, 64, 64), 9, dtype=torch.uint8)).abs().max() == 0
 
 
-def test_the_local_mean_is_that_of_a_window_around_the_pixel():
-    images = torch.rand(1, 1, 64, 64)
-    ours = kneeoa.local_mean(images, 4)
-    assert ours[0, 0, 32:36, 32:36].mean().item() == pytest.approx(F.avg_pool2d(images, 12, 1)[0, 0, 28, 28].item(), abs=0.02)
-
-
 # ----------------------------------------------------------------------------------------------------------- augmentation
 
 
@@ -470,9 +467,272 @@ def test_predict_agrees_with_the_test(trained, phantoms, capsys):
     assert [line.split()[1] for line in lines[: len(answers)]] == [row["predicted"] for row in answers]
 
 
+def test_tune_ranks_by_validation_and_goes_on_where_it_was_stopped(phantoms, trained, tmp_path, capsys, monkeypatch):
+    (tmp_path / "split.csv").write_bytes((trained / "split.csv").read_bytes())
+    words = ["tune", "--data", str(phantoms), "--run", str(tmp_path), "--size", "64", "--epochs", "1", "--widths", "8"]
+    assert kneeoa.main([*words, "--lr", "1e-3", "1e-2"]) == 0
+    before = rows(tmp_path / "tune.csv")
+    assert [row["lr"] for row in before] == ["0.001", "0.01"]
+    trainings = []
+    train = kneeoa.train
+    monkeypatch.setattr(kneeoa, "train", lambda *rest, **more: trainings.append(rest[2].lr) or train(*rest, **more))
+    capsys.readouterr()
+    assert kneeoa.main([*words, "--lr", "1e-3", "1e-2", "3e-3"]) == 0
+    after = rows(tmp_path / "tune.csv")
+    assert trainings == [3e-3] and after[:2] == before and len(after) == 3
+    lines = capsys.readouterr().out.splitlines()
+    kappas = [float(line.split()[-1]) for line in lines[1:4]]
+    assert kappas == sorted(kappas, reverse=True) == sorted((float(row["val_kappa"]) for row in after), reverse=True)
+    best = max(after, key=lambda row: float(row["val_kappa"]))
+    assert f"--lr {best['lr']}" in lines[-1] and "train" in lines[-1]
+    assert not list(tmp_path.rglob("metrics.json"))  # nothing was tested
+
+
+def test_the_heat_of_a_trained_network_lies_at_the_joint(phantoms, tmp_path):
+    dataset = KneeFolder(phantoms, size=128)
+    config = Config(size=128, widths=(16, 32, 64), epochs=14, batch=15, lr=3e-3)
+    net = kneeoa.load_net(kneeoa.train(dataset, dataset, config, tmp_path), torch.device("cpu"))
+    heats, answers = kneeoa.heat_maps(net, dataset.images)
+    assert heats.shape == (90, 128, 128) and heats.min() >= 0 and heats.amax((1, 2)).max() == pytest.approx(1)
+    assert torch.allclose(answers, kneeoa.probabilities(net, dataset.images), atol=0.05)  # bfloat16 against float32
+    band = slice(54, 84)  # phantoms have their joint near row 0.54 of the height; the band is a quarter of the picture
+    share = (heats[:, band].sum() / heats.sum()).item()
+    assert share > 0.5, share
+
+
+# ------------------------------------------------------------------------------------------- nothing lost, nothing wrong
+
+
+def command(*words):
+    return [sys.executable, str(PROGRAM), *map(str, words)]
+
+
+def the_same(run, other):
+    """Whether two runs ended with the same bits, but for the seconds."""
+    for file in ("metrics.json", "predictions.csv", "split.csv"):
+        assert (run / file).read_bytes() == (other / file).read_bytes(), file
+    for row, twin in zip(rows(run / "history.csv"), rows(other / "history.csv"), strict=True):
+        assert row | {"seconds": ""} == twin | {"seconds": ""}
+    for file in ("best.pt", "last.pt"):
+        mine, theirs = (kneeoa.load_checkpoint(folder / file) for folder in (run, other))
+        assert all(torch.equal(mine["net"][key], theirs["net"][key]) for key in mine["net"]), file
+
+
+def test_a_run_that_is_killed_again_and_again_ends_as_one_that_was_not(phantoms, tmp_path):
+    settings = ["--size", "64", "--widths", "8,16", "--epochs", "8", "--batch", "8"]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    subprocess.run(command("train", "--data", phantoms, "--run", whole, *settings), check=True, capture_output=True)
+    pauses = np.random.default_rng().uniform(0.0, 0.35, 3)  # after the first checkpoint; other moments each time
+    deaths = 0
+    for pause in pauses:
+        epochs = len(rows(killed / "history.csv")) if (killed / "history.csv").exists() else 0
+        process = subprocess.Popen(command("train", "--data", phantoms, "--run", killed, *settings), stdout=subprocess.DEVNULL,
+                                   stderr=subprocess.DEVNULL)
+        while process.poll() is None and (not (killed / "history.csv").exists() or len(rows(killed / "history.csv")) <= epochs):
+            time.sleep(0.005)
+        time.sleep(pause)
+        process.kill()
+        deaths += process.wait() != 0
+    assert deaths >= 1
+    subprocess.run(command("train", "--data", phantoms, "--run", killed, *settings), check=True, capture_output=True)
+    the_same(killed, whole)
+    assert not list(killed.glob("*.part"))
+
+
+@pytest.mark.parametrize("file", ["last.pt", "best.pt", "history.csv"])
+def test_death_while_a_file_is_written_loses_nothing(phantoms, trained, tmp_path, monkeypatch, file):
+    (tmp_path / "split.csv").write_bytes((trained / "split.csv").read_bytes())
+    words = ["train", "--data", str(phantoms), "--run", str(tmp_path), *SMALL]
+    replace, times = kneeoa.os.replace, []
+
+    def die(beside, path):
+        if Path(path).name == file:
+            times.append(path)
+            if len(times) == 2:  # in the second epoch
+                raise KeyboardInterrupt
+        replace(beside, path)
+
+    monkeypatch.setattr(kneeoa.os, "replace", die)
+    assert kneeoa.main(words) == 130
+    monkeypatch.undo()
+    assert kneeoa.main(words) == 0
+    the_same(tmp_path, trained)
+
+
+def test_ctrl_c_ends_in_one_line_that_says_how_to_go_on(phantoms, tmp_path):
+    process = subprocess.Popen(command("train", "--data", phantoms, "--run", tmp_path, "--size", "64", "--epochs", "500"),
+                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "history.csv").exists():
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    err = process.communicate()[1]
+    assert process.returncode == 130 and "Traceback" not in err
+    assert "the same command goes on" in err.splitlines()[-1]
+
+
+def test_a_finished_run_says_so_and_prints_its_result_again(phantoms, tmp_path, trained, capsys):
+    before = (trained / "last.pt").read_bytes()
+    assert kneeoa.main(["train", "--data", str(phantoms), "--run", str(trained), *SMALL]) == 0
+    out = capsys.readouterr().out
+    assert "2 of 2 epochs are done already" in out and "quadratic weighted kappa" in out
+    assert (trained / "last.pt").read_bytes() == before
+
+
+def test_a_run_is_not_gone_on_with_under_other_settings_or_with_other_pictures(phantoms, trained, tmp_path, capsys):
+    words = ["train", "--data", str(phantoms), "--run", str(trained), *SMALL]
+    assert kneeoa.main([*words, "--lr", "0.01"]) == 2
+    assert "lr was 0.002, now 0.01" in capsys.readouterr().err
+    other = tmp_path / "phantoms"
+    kneeoa.make_phantoms(other, 90)
+    changed = next(x for x in rows(trained / "split.csv") if x["subset"] == "train")["path"]
+    xray_file(other / changed)
+    assert kneeoa.main(["train", "--data", str(other), "--run", str(trained), *SMALL]) == 2
+    assert "the pictures or their split were others" in capsys.readouterr().err
+    assert kneeoa.main(["split", "--data", str(phantoms), "--run", str(trained)]) == 2
+
+
+def bomb(path):
+    """A PNG of a few bytes that says it is 60,000 pixels wide and high."""
+    data = b"IHDR" + struct.pack(">IIBBBBB", 60000, 60000, 8, 0, 0, 0, 0)
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + data + struct.pack(">I", zlib.crc32(data)))
+
+
+BROKEN = {
+    "truncated.png": lambda path: path.write_bytes(xray_file(path).read_bytes()[:300]),
+    "empty.png": lambda path: path.write_bytes(b""),
+    "text.jpg": lambda path: path.write_text("I am a picture, believe me"),
+    "random.png": lambda path: path.write_bytes(np.random.default_rng(0).bytes(5000)),
+    "bomb.png": bomb,
+}
+
+
+def test_all_broken_pictures_are_named_in_one_line(tmp_path, capsys):
+    folder_of(tmp_path / "data", patient_names(4))
+    for name, spoil in BROKEN.items():
+        spoil(tmp_path / "data" / "2" / name)
+    assert kneeoa.main(["train", "--data", str(tmp_path / "data"), "--run", str(tmp_path / "run")]) == 2
+    err = capsys.readouterr().err.split("kneeoa: error: ")[1]
+    assert err.count("\n") == 1 and all(name in err for name in BROKEN) and "1000" not in err
+    assert not (tmp_path / "run").exists()
+
+
+class Evil:
+    def __reduce__(self):
+        return open, ("pwned", "w")
+
+
+def hostile(path):
+    torch.save({"config": Evil(), "net": {}}, path)
+
+
+@pytest.mark.parametrize("spoil", [
+    lambda path: path.unlink(),
+    lambda path: path.write_bytes(b""),
+    lambda path: path.write_bytes(path.read_bytes()[:2000]),
+    lambda path: path.write_text("no checkpoint"),
+    lambda path: torch.save({"state_dict": {}}, path),
+    lambda path: torch.save([1, 2, 3], path),
+    hostile,
+], ids=["missing", "empty", "truncated", "text", "foreign", "list", "hostile"])
+@pytest.mark.parametrize("name", ["best.pt", "last.pt"])
+def test_a_bad_checkpoint_is_named_and_no_pickle_runs(spoil, name, trained, phantoms, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    spoil(run / name)
+    assert kneeoa.main(["plot", "--data", str(phantoms), "--run", str(run)]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("kneeoa: error: ") and name in err and err.count("\n") == 1
+    assert not (tmp_path / "pwned").exists()
+
+
+@pytest.mark.parametrize("text", ["name,who\na.png,1\n", ""])
+def test_a_patients_file_without_its_columns_is_refused(text, phantoms, tmp_path, capsys):
+    table = tmp_path / "patients.csv"
+    table.write_text(text)
+    assert kneeoa.main(["split", "--data", str(phantoms), "--run", str(tmp_path / "run"), "--patients", str(table)]) == 2
+    assert "is no patients file" in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("spoil, told", [
+    (lambda text: text.replace(",train", ",exam", 1), "is damaged"),
+    (lambda text: text.replace("path,", "file,", 1), "is damaged"),
+    (lambda text: text.replace("R.png", "R_gone.png"), "pictures are not in"),
+    (lambda text: text.replace(",train", ",val", 1), "patients are in two subsets"),
+    (lambda text: "", "is damaged"),
+], ids=["subset", "columns", "gone", "leak", "empty"])
+def test_a_bad_split_file_is_refused(spoil, told, phantoms, trained, tmp_path, capsys):
+    (tmp_path / "split.csv").write_text(spoil((trained / "split.csv").read_text()))
+    assert kneeoa.main(["train", "--data", str(phantoms), "--run", str(tmp_path), *SMALL]) == 2
+    err = capsys.readouterr().err
+    assert told in err and "split.csv" in err
+    assert not (tmp_path / "last.pt").exists()
+
+
+def test_a_grade_without_pictures_and_an_empty_folder_are_refused(tmp_path, capsys):
+    assert kneeoa.main(["split", "--data", str(tmp_path)]) == 2
+    assert "no folders 0 to 4 in it" in capsys.readouterr().err
+    folder_of(tmp_path, [name for name in patient_names(4) if name[0] != "3"])
+    assert kneeoa.main(["split", "--data", str(tmp_path)]) == 2
+    assert "no pictures of grade 3" in capsys.readouterr().err
+
+
+def test_file_names_of_every_kind_work_all_through(tmp_path, phantoms, capsys):
+    data, strange = tmp_path / "my data", ["a b", 'quo"te', "com,ma", "new\nline", "knäe-膝", "-dash"]
+    for i, file in enumerate(sorted(phantoms.rglob("*.png"))):
+        target = data / file.parent.name / f"{strange[i % 6]}{i}.png"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(file.read_bytes())
+    run = tmp_path / "the run"
+    assert kneeoa.main(["train", "--data", str(data), "--run", str(run), *SMALL]) == 0
+    assert kneeoa.main(["plot", "--data", str(data), "--run", str(run)]) == 0
+    assert all((data / row["path"]).is_file() for row in rows(run / "predictions.csv"))
+    assert "90 of 90 pictures name no patient" in capsys.readouterr().out
+
+
+def test_a_loss_that_is_no_number_stops_and_keeps_the_last_good_checkpoint(phantoms, tmp_path, monkeypatch, capsys):
+    words = ["train", "--data", str(phantoms), "--run", str(tmp_path), *SMALL]
+    evaluate, calls = kneeoa.evaluate, []
+
+    def spoiled(*rest):
+        calls.append(1)
+        loss, answers = evaluate(*rest)
+        return (loss if len(calls) < 2 else math.nan), answers
+
+    monkeypatch.setattr(kneeoa, "evaluate", spoiled)
+    assert kneeoa.main(words) == 2
+    assert "epoch 2: the loss is no number" in capsys.readouterr().err
+    assert len(kneeoa.load_checkpoint(tmp_path / "last.pt", "history")["history"]) == 1
+
+
+def test_a_full_disk_ends_in_one_line_and_leaves_the_old_file(tmp_path):
+    path = tmp_path / "metrics.json"
+    path.write_text("old")
+    code = ("import resource, signal, sys; sys.path.insert(0, sys.argv[1]); import kneeoa; from pathlib import Path\n"
+            "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"  # what the kernel refuses is real, only earlier
+            "kneeoa.run_command = lambda argv: kneeoa.save(Path(sys.argv[2]), b'x' * 5000)\n"
+            "sys.exit(kneeoa.main())")
+    done = subprocess.run([sys.executable, "-c", code, str(PROGRAM.parent), str(path)], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("kneeoa: error: ") and done.stderr.count("\n") == 1
+    assert path.read_text() == "old" and [f.name for f in tmp_path.iterdir()] == ["metrics.json"]
+
+
+def test_a_run_folder_that_cannot_be_written_is_named(phantoms, tmp_path, capsys):
+    (tmp_path / "file").write_text("no folder")
+    assert kneeoa.main(["split", "--data", str(phantoms), "--run", str(tmp_path / "file" / "run")]) == 2
+    err = capsys.readouterr().err
+    assert "file" in err and err.count("\n") == 1
+
+
 @pytest.mark.parametrize("words, told", [
     (["train", "--epochs", "0"], "--epochs 0: must be from 1 to 10000"),
     (["train", "--lr", "nan"], "--lr nan: must be"),
+    (["train", "--lr", "inf"], "--lr inf: must be"),
+    (["train", "--size", "63"], "--size 63: must be"),
+    (["train", "--batch", "1"], "--batch 1: must be"),
+    (["train", "--dropout", "-0.1"], "--dropout -0.1: must be"),
+    (["train", "--widths", "8,0"], "--widths"),
+    (["train", "--epochs", "many"], "--epochs"),
     (["train", "--widths", "8,x"], "--widths"),
     (["train", "--colour", "red"], "--colour"),
     (["train", "--data", "nowhere"], "nowhere: no such folder"),
@@ -483,7 +743,7 @@ def test_predict_agrees_with_the_test(trained, phantoms, capsys):
 def test_a_mistake_ends_in_one_line_and_status_2(words, told, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert kneeoa.main(words) == 2
-    out, err = capsys.readouterr()
+    err = capsys.readouterr().err
     assert err.startswith("kneeoa: error: ") and told in err and err.count("\n") == 1
     assert not list(tmp_path.iterdir())
 
