@@ -45,6 +45,7 @@ from tqdm import tqdm
 GRADES = ("none", "doubtful", "minimal", "moderate", "severe")  # the name of grade g is GRADES[g]
 SUBSETS = {"train": 0.70, "val": 0.15, "test": 0.15}  # share of the pictures
 BAND = (3 / 14, 13 / 14)  # the rows the network looks at, as shares of the height: the joint and the bone next to it
+ZOOMS = (0.95, 1.0, 1.05)  # the views of a picture, of which the mean answer counts when it is graded
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff"}
 
 
@@ -180,20 +181,18 @@ def find_xrays(folder, patients_file=None):
     shipped = Path(__file__).with_name("osail_patients.csv")
     patients_file = patients_file or (shipped if shipped.exists() else None)
     patients = read_patients(patients_file) if patients_file else {}
-    xrays, used = [], set()
+    xrays, passed_over = [], []
     for subset, top in layout.items():
         for grade, grade_folder in grade_folders(top):
-            used.add(grade_folder)
             for file in grade_folder.rglob("*"):
                 if file.suffix.lower() in SUFFIXES and not file.name.startswith(".") and file.is_file():
                     path = file.relative_to(folder).as_posix()
                     knee = re.match(r"(\d+)[ _-]?(L|R|left|right)\b", file.stem, re.IGNORECASE)
                     patient = patients.get(file.name) or (knee[1] if knee else path)
                     xrays.append(Xray(path, grade, patient, subset))
-    passed_over = [f for top in {*layout.values(), *(t.parent for s, t in layout.items() if s)} for f in folders_in(top)
-                   if f not in used and f not in layout.values()]
+        passed_over += sorted({f.name for f in folders_in(top)} - {f.name for _, f in grade_folders(top)})
     if passed_over:
-        print(f"passed over, no grade: {', '.join(sorted(str(f.relative_to(folder)) for f in passed_over))}")
+        print(f"passed over, no grade: {', '.join(passed_over)}")
     for subset in layout.keys() - {"val", "test"}:
         missing = set(range(5)) - {x.grade for x in xrays if x.subset == subset}
         if missing:
@@ -373,8 +372,8 @@ class Residual(nn.Module):
 class KneeNet(nn.Module):
     """Standardized pictures, float (N, 1, S, S) with S of 64 or more, to logits (N, 5).
 
-    The picture is cut to the band around the joint, then in two halves that share a fifth of the width; the right half
-    is mirrored, so that the middle of the knee is on the same side in both, and both go through the same layers (after
+    The picture is cut to the band around the joint, then in two halves that overlap by a seventh of the width; the right
+    half is mirrored, so that the middle of the knee is on the same side in both, and both go through the same layers (after
     Tiulpin et al., 2018, who did so with the two sides of the joint). Sum and difference of their features do not
     change when the picture is mirrored, so neither do the logits.
     """
@@ -565,12 +564,21 @@ def soft_targets(softness, device="cpu"):
     return torch.softmax(-(grade[:, None] - grade).square() / softness, 1)
 
 
+def zoomed(images, zoom):
+    """Pictures (N, 1, S, S) enlarged about their middle, to the same size; a zoom below 1 repeats the margin."""
+    matrix = torch.eye(2, 3, device=images.device).expand(len(images), 2, 3) / zoom
+    grid = F.affine_grid(matrix, images.shape, align_corners=False)
+    return F.grid_sample(images.float(), grid, padding_mode="border", align_corners=False)
+
+
 @torch.no_grad()
-def probabilities(net, images, batch=128):
-    """Pictures uint8 (N, 1, S, S) to the probability of each grade (N, 5), both on the network's device."""
+def probabilities(net, images, zooms=ZOOMS, batch=128):
+    """Pictures uint8 (N, 1, S, S) to the probability of each grade (N, 5), both on the network's device: the mean over
+    views of the picture a little nearer and farther, since one view's answer hangs on details of no meaning."""
     net.eval()  # batch norm uses its running averages and dropout is off; forgetting this line is a common error
     with half_precision(images.device):
-        return torch.cat([net(standardize(part)).float().softmax(1) for part in images.split(batch)])
+        return torch.stack([torch.cat([net(standardize(zoomed(part, zoom))).float().softmax(1) for part in images.split(batch)])
+                            for zoom in zooms]).mean(0)  # (views, N, 5) -> (N, 5)
 
 
 def fingerprint(*datasets):
@@ -593,8 +601,8 @@ def refuse_other(run, before, now):
 
 
 def evaluate(net, dataset, softness):
-    """(loss, probabilities (N, 5)) over a whole subset, without augmentation."""
-    answers = probabilities(net, dataset.images)
+    """(loss, probabilities (N, 5)) over a whole subset, without augmentation; from one view, since three take longer."""
+    answers = probabilities(net, dataset.images, zooms=(1.0,))
     targets = soft_targets(softness, answers.device)[dataset.grades]
     return -(targets * answers.clamp(min=1e-9).log()).sum(1).mean().item(), answers
 
@@ -627,7 +635,7 @@ def train(train_set, val_set, config, run, bars=True):
     batch = min(config.batch, len(train_set))
     steps = len(train_set) // batch  # an epoch leaves out the last, incomplete batch, other pictures each time
     schedule = torch.optim.lr_scheduler.LambdaLR(adam, lambda step: rate((step + 1) / (steps * config.epochs + 1)))
-    targets = soft_targets(config.softness, device)
+    targets, precision = soft_targets(config.softness, device), half_precision(device)
 
     begun = {"config": asdict(config), "pictures": fingerprint(train_set, val_set)}
     history, best = [], None
@@ -639,7 +647,7 @@ def train(train_set, val_set, config, run, bars=True):
         adam.load_state_dict(last["adam"])
         schedule.load_state_dict(last["schedule"])
         history, best = last["history"], last["best"]
-        print(f"{run}: {len(history)} of {config.epochs} epochs are done already" + ", going on" * (len(history) < config.epochs))
+        print(f"{run}: {len(history)} of {config.epochs} epochs are done already")
         save_checkpoint(run / "best.pt", begun | best)
         save_csv(run / "history.csv", HISTORY, history)
 
@@ -653,11 +661,11 @@ def train(train_set, val_set, config, run, bars=True):
         net.train()  # evaluate() below switches this off, so it is switched on again in each epoch
         sums, shown = torch.zeros(2, device=device), start  # of loss and accuracy; they stay on the device
         title = f"epoch {epoch:{len(str(config.epochs))}}/{config.epochs}"
-        with tqdm(total=steps, desc=title, bar_format=BAR, disable=not bars) as bar:
+        with tqdm(total=steps, desc=title, bar_format=BAR, mininterval=0.3, disable=not bars) as bar:
             for step, index in enumerate(shuffled[: steps * batch].split(batch), 1):
                 images, grades = train_set[index]  # uint8 (B, 1, S, S), int64 (B,)
                 images = standardize(augment(images, chance, config.augment))  # float (B, 1, S, S)
-                with half_precision(device):
+                with precision:
                     logits = net(images).float()  # (B, 5)
                 loss = F.cross_entropy(logits, targets[grades])
                 adam.zero_grad()
@@ -669,7 +677,7 @@ def train(train_set, val_set, config, run, bars=True):
                 if step == steps or time.perf_counter() - shown > 0.3:  # not at each step: .tolist() waits for the GPU
                     shown = time.perf_counter()
                     train_loss, train_accuracy = (sums / step).tolist()
-                    bar.set_postfix_str(f"loss {train_loss:.3f} accuracy {train_accuracy:.3f}")
+                    bar.set_postfix_str(f"loss {train_loss:.3f} accuracy {train_accuracy:.3f}", refresh=False)
             seconds = time.perf_counter() - start
 
             val_loss, answers = evaluate(net, val_set, config.softness)
@@ -684,7 +692,8 @@ def train(train_set, val_set, config, run, bars=True):
 
         row = [epoch, train_loss, train_accuracy, val_loss, accuracy, kappa, config.lr * rate(epoch / config.epochs), seconds]
         history.append(row)
-        if best is None or kappa > best["figures"]["val_kappa"]:
+        # The line that chooses: the highest kappa on the validation subset, of equals the one with the lower loss.
+        if best is None or (kappa, -val_loss) > (best["figures"]["val_kappa"], -best["figures"]["val_loss"]):
             weights = {name: tensor.clone() for name, tensor in net.state_dict().items()}
             best = {"epoch": epoch, "figures": dict(zip(HISTORY, row)), "net": weights}
         # All is in last.pt, and the other two are made from it, so there is no moment at which they could disagree.
@@ -764,6 +773,7 @@ def heat_maps(net, images):
 
 def new_figure(width, height):
     matplotlib.use("Agg")  # draws into files, with no display
+    matplotlib.rcParams["text.parse_math"] = False  # a $ in a file name is a $
     from matplotlib import pyplot
 
     return pyplot.figure(figsize=(width, height), layout="constrained", dpi=110)
@@ -789,8 +799,8 @@ def draw_report(path, name, history, chosen, result, cells):
     """The sheet of a run: curves by epoch, confusion matrix, X-rays beside their heat maps. `cells` are ten, for grades
     0 to 4 a right answer each and then a wrong one: (image (S, S), heat (S, S), true grade, predicted grade) or None."""
     history = dict(zip(HISTORY, zip(*history)))
-    figure = new_figure(13, 10)
-    top, bottom = figure.subfigures(2, 1, height_ratios=(1, 1.15))
+    figure = new_figure(13, 8.4)
+    top, bottom = figure.subfigures(2, 1, height_ratios=(1.3, 1))
     curves, table = top.subfigures(1, 2, width_ratios=(2, 1.1))
     figure.suptitle(f"{name}: {result['subset']} subset, {result['n']} pictures, accuracy {result['accuracy']:.3f}, "
                     f"balanced {result['balanced_accuracy']:.3f}, kappa {result['kappa']:.3f}, MAE {result['mae']:.3f}")
@@ -1201,11 +1211,11 @@ def main(argv=None):
     except (KneeError, OSError) as error:
         text = str(error)
         if isinstance(error, OSError):
-            text = f"{error.filename or 'file'}: {error.strerror or error}; check the path, the space on the disk and the permissions"
+            text = f"{error.filename or 'file'}: {error.strerror or error}; check path, permissions and space on the disk"
         print("kneeoa: error: " + text.replace("\n", "\\n"), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("kneeoa: stopped; what was finished is kept, the same command goes on after the last whole epoch", file=sys.stderr)
+        print("kneeoa: stopped; whole epochs are kept in the run's folder, the same command goes on", file=sys.stderr)
         return 130
     return 0
 
