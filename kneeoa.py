@@ -329,13 +329,13 @@ class KneeFolder(torch.utils.data.Dataset):
 
     def __init__(self, folder, xrays=None, size=Config.size, device="cpu"):
         self.xrays = list(find_xrays(folder) if xrays is None else xrays)
-        images = torch.empty(len(self.xrays), 1, size, size, dtype=torch.uint8)
+        images = np.empty((len(self.xrays), 1, size, size), np.uint8)
 
         def decode(i):
-            images[i, 0] = torch.from_numpy(read_xray(Path(folder) / self.xrays[i].path, size).copy())
+            images[i, 0] = read_xray(Path(folder) / self.xrays[i].path, size)
 
         in_threads(decode, range(len(self.xrays)), "decode")
-        self.images = images.to(device)
+        self.images = torch.from_numpy(images).to(device)
         self.grades = torch.tensor([x.grade for x in self.xrays], device=device)
 
     def __len__(self):
@@ -648,7 +648,7 @@ def train(train_set, val_set, config, run, bars=True):
         schedule.load_state_dict(last["schedule"])
         history, best = last["history"], last["best"]
         print(f"{run}: {len(history)} of {config.epochs} epochs are done already")
-        save_checkpoint(run / "best.pt", begun | best)
+        save_checkpoint(run / "best.pt", begun | best | {"done": len(history)})
         save_csv(run / "history.csv", HISTORY, history)
 
     for epoch in range(len(history) + 1, config.epochs + 1):
@@ -699,7 +699,7 @@ def train(train_set, val_set, config, run, bars=True):
         # All is in last.pt, and the other two are made from it, so there is no moment at which they could disagree.
         save_checkpoint(run / "last.pt", begun | {"net": net.state_dict(), "adam": adam.state_dict(), "best": best,
                                                   "schedule": schedule.state_dict(), "history": history})
-        save_checkpoint(run / "best.pt", begun | best)
+        save_checkpoint(run / "best.pt", begun | best | {"done": len(history)})
         save_csv(run / "history.csv", HISTORY, history)
     return load_checkpoint(run / "best.pt")
 
@@ -1032,17 +1032,18 @@ def command_train(data, run, config, device, patients_file=None):
     print(f"\nall of it is in {run}; next: python kneeoa.py plot --data {data} --run {run}")
 
 
-def tested_subset(xrays):
-    """("test", its pictures), or ("val", ...) where there is no test subset."""
-    subset = "test" if any(x.subset == "test" for x in xrays) else "val"
+def tested_subset(checkpoint, xrays):
+    """("test", its pictures); but ("val", ...) where there is no test subset, or it is too early to look at it."""
+    finished = checkpoint["done"] == checkpoint["config"].epochs
+    subset = "test" if finished and any(x.subset == "test" for x in xrays) else "val"
     return subset, [x for x in xrays if x.subset == subset]
 
 
 def command_test(data, run, device):
     """Tests the best epoch: prints the figures, writes RUN/metrics.json and RUN/predictions.csv."""
-    checkpoint, xrays = load_checkpoint(run / "best.pt"), read_split(data, run)
+    checkpoint, xrays = load_checkpoint(run / "best.pt", "epoch", "done"), read_split(data, run)
     net = load_net(checkpoint, device)
-    subset, tested = tested_subset(xrays)
+    subset, tested = tested_subset(checkpoint, xrays)
     dataset = KneeFolder(data, tested, checkpoint["config"].size, device)
     answers = probabilities(net, dataset.images).cpu()
     true, predicted = dataset.grades.cpu().numpy(), grade_of(answers).numpy()
@@ -1053,7 +1054,7 @@ def command_test(data, run, device):
 
     print(f"\n{subset} subset: {len(tested)} pictures, by the weights of epoch {checkpoint['epoch']}, which validation chose")
     if subset == "val":
-        print("there is no test subset: the epoch was chosen on these very pictures, so the figures flatter a little")
+        print("no test subset, or the training is not finished: the epoch was chosen on these pictures, which flatters it")
     print(table(("", "figure", "95 % interval", f"always grade {usual}"), [
         (title, f"{figures[name]:.3f}", "{:.3f} to {:.3f}".format(*within[name]), f"{majority[name]:.3f}")
         for name, title in FIGURES.items()]))
@@ -1072,11 +1073,11 @@ def command_test(data, run, device):
 
 def command_plot(data, run, device):
     """Draws RUN/report.png from what a run has left, also from one that is not finished."""
-    checkpoint, xrays = load_checkpoint(run / "best.pt"), read_split(data, run)
+    checkpoint, xrays = load_checkpoint(run / "best.pt", "epoch", "done"), read_split(data, run)
     history = load_checkpoint(run / "last.pt", "history")["history"]
     result = command_test(data, run, device)
     size = checkpoint["config"].size
-    _, tested = tested_subset(xrays)
+    _, tested = tested_subset(checkpoint, xrays)
     with open(run / "predictions.csv", newline="", encoding="utf-8", errors="surrogateescape") as file:
         answer = {row["path"]: int(row["predicted"]) for row in csv.DictReader(file)}
     shown = []  # for each grade the first picture answered right and the first answered wrong, as far as there are any
@@ -1194,7 +1195,7 @@ def run_command(argv):
     if command == "tune":
         return command_tune(data, run, grid, device, patients_file)
     # The other commands take the settings of the run; one that is typed must not say otherwise.
-    begun = load_checkpoint(run / "best.pt", "pictures", "epoch")
+    begun = load_checkpoint(run / "best.pt", "pictures")
     refuse_other(run, begun, begun | {"config": replace(begun["config"], **settings)})
     if command == "test":
         return command_test(data, run, device)

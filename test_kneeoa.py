@@ -588,6 +588,24 @@ def test_death_while_a_file_is_written_loses_nothing(phantoms, trained, tmp_path
     the_same(tmp_path, trained)
 
 
+def test_the_test_subset_waits_until_training_is_finished(phantoms, tmp_path, monkeypatch):
+    words = ["--data", str(phantoms), "--run", str(tmp_path)]
+    save_csv, saved = kneeoa.save_csv, []
+
+    def stop_after_an_epoch(path, *rest):
+        save_csv(path, *rest)
+        if path.name == "history.csv":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(kneeoa, "save_csv", stop_after_an_epoch)
+    assert kneeoa.main(["train", *words, *SMALL]) == 130
+    monkeypatch.undo()
+    for command_line in (["plot", *words], ["train", *words, *SMALL]):
+        assert kneeoa.main(command_line) == 0
+        saved.append(json.loads((tmp_path / "metrics.json").read_text())["subset"])
+    assert saved == ["val", "test"]
+
+
 def test_ctrl_c_ends_in_one_line_that_says_how_to_go_on(phantoms, tmp_path):
     process = subprocess.Popen(command("train", "--data", phantoms, "--run", tmp_path, "--size", "64", "--epochs", "500"),
                                stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
