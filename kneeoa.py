@@ -40,9 +40,11 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageFilter, ImageOps
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 GRADES = ("none", "doubtful", "minimal", "moderate", "severe")  # the name of grade g is GRADES[g]
+K = len(GRADES)
 SUBSETS = {"train": 0.70, "val": 0.15, "test": 0.15}  # share of the pictures
 BAND = (3 / 14, 13 / 14)  # the rows the network looks at, as shares of the height: the joint and the bone next to it
 ZOOMS = (0.95, 1.0, 1.05)  # the views of a picture, of which the mean answer counts when it is graded
@@ -68,7 +70,7 @@ class Config:
 
     size: int = setting(224, 64, 1024, "side of the square pictures, in pixels")
     batch: int = setting(64, 2, 4096, "pictures per step of the optimizer")
-    epochs: int = setting(30, 1, 10_000, "passes over the training subset")
+    epochs: int = setting(24, 1, 10_000, "passes over the training subset")
     lr: float = setting(2e-3, 1e-6, 1.0, "highest learning rate of the schedule")
     weight_decay: float = setting(0.02, 0.0, 1.0, "share of each weight that a step at rate 1 would take away")
     dropout: float = setting(0.3, 0.0, 0.95, "share of the features hidden from the last layer in training")
@@ -138,7 +140,7 @@ def folders_in(folder):
 
 def grade_folders(folder):
     """(grade, folder) for `0`, `1`, ... or `0Normal`, `1Doubtful`, ...: the digit counts, never the alphabetical rank."""
-    return [(int(f.name[0]), f) for f in folders_in(folder) if re.match(r"[0-4](?!\d)", f.name)]
+    return [(int(f.name[0]), f) for f in folders_in(folder) if re.match(rf"[0-{K - 1}](?!\d)", f.name)]
 
 
 def find_layout(folder, depth=3):
@@ -194,7 +196,7 @@ def find_xrays(folder, patients_file=None):
     if passed_over:
         print(f"passed over, no grade: {', '.join(passed_over)}")
     for subset in layout.keys() - {"val", "test"}:
-        missing = set(range(5)) - {x.grade for x in xrays if x.subset == subset}
+        missing = set(range(K)) - {x.grade for x in xrays if x.subset == subset}
         if missing:
             raise KneeError(f"{layout[subset]}: no pictures of grade {', '.join(map(str, sorted(missing)))}, add some")
     return sorted(xrays)
@@ -388,7 +390,7 @@ class KneeNet(nn.Module):
                        Residual(width)]
         self.features = nn.Sequential(*layers)
         self.dropout = nn.Dropout(dropout)
-        self.grade = nn.Linear(2 * widths[-1], len(GRADES))
+        self.grade = nn.Linear(2 * widths[-1], K)
 
     @staticmethod
     def halves(x):
@@ -559,9 +561,9 @@ def half_precision(device):
 def soft_targets(softness, device="cpu"):
     """(5, 5): row g is what the network should answer for grade g, softmax(-(distance)^2 / softness) (Diaz and Marathe,
     2019). Grades are ordered and radiologists differ by one grade, so a neighbour is less wrong than a stranger."""
-    grade = torch.arange(len(GRADES), device=device)
+    grade = torch.arange(K, device=device)
     if softness == 0:
-        return torch.eye(len(GRADES), device=device)
+        return torch.eye(K, device=device)
     return torch.softmax(-(grade[:, None] - grade).square() / softness, 1)
 
 
@@ -610,19 +612,19 @@ def evaluate(net, dataset, softness):
 
 def rate(progress):
     """The learning rate as a share of its highest, from progress 0 to 1: a quarter of the way up in a straight line,
-    then down along a cosine (after Smith and Topin, 2018). Down to 0, so that the last epochs are the steady ones."""
+    then down along a cosine (after Smith and Topin, 2018), to 0, so that the last epochs are the steady ones."""
     return progress / 0.25 if progress < 0.25 else 0.5 + 0.5 * math.cos(math.pi * (progress - 0.25) / 0.75)
 
 
-BAR = "{desc} {percentage:3.0f}%|{bar:16}| {n_fmt}/{total_fmt} {elapsed} {postfix}"
+BAR = "{desc} {percentage:3.0f}%|{bar:16}| {n_fmt}/{total_fmt} {elapsed}{postfix}"
 HISTORY = ("epoch", "train_loss", "train_accuracy", "val_loss", "val_accuracy", "val_kappa", "lr", "seconds")
 
 
 def train(train_set, val_set, config, run, bars=True):
     """Trains a network, writing last.pt, best.pt and history.csv into the folder `run` after each epoch, and goes on
-    where last.pt stands if it is there. Returns the checkpoint of the best epoch: the one with the lowest loss on
-    the validation subset. Raises KneeError if the loss is no number any more, or if last.pt was begun with other settings
-    or pictures.
+    where last.pt stands if it is there. Returns the checkpoint of the best epoch: the one with the highest quadratic
+    weighted kappa on the validation subset. Raises KneeError if the loss is no number any more, or if last.pt was begun
+    with other settings or pictures.
 
     Every epoch makes its random generators anew, from the seed and its number. So there is no state of theirs to save,
     and a run that was stopped goes on with the same numbers as one that was not.
@@ -636,15 +638,20 @@ def train(train_set, val_set, config, run, bars=True):
     batch = min(config.batch, len(train_set))
     steps = len(train_set) // batch  # an epoch leaves out the last, incomplete batch, other pictures each time
     schedule = torch.optim.lr_scheduler.LambdaLR(adam, lambda step: rate((step + 1) / (steps * config.epochs + 1)))
+    # What is validated, kept and tested is a running average of the weights over about the last twentieth of all steps
+    # (Polyak and Juditsky, 1992): single steps at a high rate throw the network about, their mean stays in the middle.
+    kept = max(0.0, 1 - 20 / (steps * config.epochs))
+    average = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(kept), use_buffers=True)
     targets, precision = soft_targets(config.softness, device), half_precision(device)
 
     begun = {"config": asdict(config), "pictures": fingerprint(train_set, val_set)}
     history, best = [], None
     run.mkdir(parents=True, exist_ok=True)
     if (run / "last.pt").exists():
-        last = load_checkpoint(run / "last.pt", "adam", "schedule", "best", "history", "pictures")
+        last = load_checkpoint(run / "last.pt", "average", "adam", "schedule", "best", "history", "pictures")
         refuse_other(run, last, begun | {"config": config})
         net.load_state_dict(last["net"])
+        average.load_state_dict(last["average"])
         adam.load_state_dict(last["adam"])
         schedule.load_state_dict(last["schedule"])
         history, best = last["history"], last["best"]
@@ -659,7 +666,7 @@ def train(train_set, val_set, config, run, bars=True):
         order, chance = (torch.Generator().manual_seed(s) for s in seeds[:2])
         torch.manual_seed(seeds[2])  # dropout
         shuffled = torch.randperm(len(train_set), generator=order).to(device)
-        net.train()  # evaluate() below switches this off, so it is switched on again in each epoch
+        net.train()  # whoever evaluates switches this off, and to forget to switch it on again is a common error
         sums, shown = torch.zeros(2, device=device), start  # of loss and accuracy; they stay on the device
         title = f"epoch {epoch:{len(str(config.epochs))}}/{config.epochs}"
         with tqdm(total=steps, desc=title, bar_format=BAR, mininterval=0.3, disable=not bars) as bar:
@@ -673,6 +680,7 @@ def train(train_set, val_set, config, run, bars=True):
                 loss.backward()
                 adam.step()
                 schedule.step()
+                average.update_parameters(net)
                 sums += torch.stack((loss.detach(), (logits.argmax(1) == grades).float().mean()))
                 bar.update()
                 if step == steps or time.perf_counter() - shown > 0.3:  # not at each step: .tolist() waits for the GPU
@@ -681,7 +689,7 @@ def train(train_set, val_set, config, run, bars=True):
                     bar.set_postfix_str(f"loss {train_loss:.3f} accuracy {train_accuracy:.3f}", refresh=False)
             seconds = time.perf_counter() - start
 
-            val_loss, answers = evaluate(net, val_set, config.softness)
+            val_loss, answers = evaluate(average.module, val_set, config.softness)
             if not math.isfinite(train_loss + val_loss):
                 raise KneeError(f"epoch {epoch}: the loss is no number any more, "
                                 f"try --lr {config.lr / 4:.1g} and another --run")
@@ -693,14 +701,14 @@ def train(train_set, val_set, config, run, bars=True):
 
         row = [epoch, train_loss, train_accuracy, val_loss, accuracy, kappa, config.lr * rate(epoch / config.epochs), seconds]
         history.append(row)
-        # The line that chooses. Validation loss and not accuracy or kappa: it weighs every probability, where those jump
-        # by a point or two from epoch to epoch as a few knees of some hundreds fall to this side or that.
-        if best is None or val_loss < best["figures"]["val_loss"]:
-            weights = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+        # The line that chooses: the highest kappa on the validation subset, of equals the one with the lower loss.
+        if best is None or (kappa, -val_loss) > (best["figures"]["val_kappa"], -best["figures"]["val_loss"]):
+            weights = {name: tensor.clone() for name, tensor in average.module.state_dict().items()}
             best = {"epoch": epoch, "figures": dict(zip(HISTORY, row)), "net": weights}
         # All is in last.pt, and the other two are made from it, so there is no moment at which they could disagree.
-        save_checkpoint(run / "last.pt", begun | {"net": net.state_dict(), "adam": adam.state_dict(), "best": best,
-                                                  "schedule": schedule.state_dict(), "history": history})
+        save_checkpoint(run / "last.pt", begun | {"net": net.state_dict(), "average": average.state_dict(), "best": best,
+                                                  "adam": adam.state_dict(), "schedule": schedule.state_dict(),
+                                                  "history": history})
         save_checkpoint(run / "best.pt", begun | best | {"done": len(history)})
         save_csv(run / "history.csv", HISTORY, history)
     return load_checkpoint(run / "best.pt")
@@ -718,8 +726,8 @@ def grade_of(probabilities):
 
 def confusion_matrix(true, predicted):
     """Counts as int64 (5, 5): row = true grade, column = predicted grade."""
-    both = np.asarray(torch.as_tensor(true).cpu()) * 5 + np.asarray(torch.as_tensor(predicted).cpu())
-    return np.bincount(both, minlength=25).reshape(5, 5)
+    both = np.asarray(torch.as_tensor(true).cpu()) * K + np.asarray(torch.as_tensor(predicted).cpu())
+    return np.bincount(both, minlength=K * K).reshape(K, K)
 
 
 def metrics(confusion):
@@ -728,7 +736,7 @@ def metrics(confusion):
     answers and truth were independent); mae, the mean distance in grades. NaN where a figure is undefined.
     """
     counts = np.asarray(confusion, dtype=float)
-    distance = np.abs(np.arange(5)[:, None] - np.arange(5))
+    distance = np.abs(np.arange(K)[:, None] - np.arange(K))
     true, predicted, n = counts.sum(-1), counts.sum(-2), counts.sum((-1, -2))
     right = np.diagonal(counts, axis1=-2, axis2=-1)
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -745,10 +753,10 @@ def intervals(true, predicted, patients, draws=2000):
     patients, drawn with replacement. Patients and not pictures, since the two knees of one are no independent evidence.
     """
     _, number = np.unique(patients, return_inverse=True)
-    counts = np.zeros((number.max() + 1, 25))
-    np.add.at(counts, (number, np.asarray(true) * 5 + np.asarray(predicted)), 1)  # (patients, 25)
+    counts = np.zeros((number.max() + 1, K * K))
+    np.add.at(counts, (number, np.asarray(true) * K + np.asarray(predicted)), 1)  # (patients, 25)
     drawn = np.random.default_rng(0).multinomial(len(counts), np.full(len(counts), 1 / len(counts)), draws)
-    figures = metrics((drawn @ counts).reshape(draws, 5, 5))
+    figures = metrics((drawn @ counts).reshape(draws, K, K))
     return {name: np.nanpercentile(figures[name], (2.5, 97.5)).tolist() for name in FIGURES}
 
 
@@ -812,14 +820,15 @@ def draw_report(path, name, history, chosen, result, cells):
         axes.plot(epochs, history[f"val_{quantity}"], "s--", color="#d55e00", ms=3, label="validation")
         axes.axvline(chosen, color="0.4", ls=":", label=f"chosen: epoch {chosen}")
         axes.set(xlabel="epoch", ylabel=f"{quantity} ({unit})")
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.set_xlim(0.5, len(epochs) + 0.5)
+        axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
     counts = np.array(result["confusion"])
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     axes = table.subplots()
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    for true, predicted in itertools.product(range(5), repeat=2):
+    for true, predicted in itertools.product(range(K), repeat=2):
         axes.text(predicted, true, f"{counts[true, predicted]}\n{shares[true, predicted]:.0%}", ha="center", va="center",
                   fontsize=9, color="white" if shares[true, predicted] > 0.5 else "black")
     axes.set(xlabel="predicted grade", ylabel="true grade", title=f"{result['subset']}: pictures, share of the row")
@@ -988,9 +997,9 @@ def command_split(data, run, config, patients_file=None):
     for subset in SUBSETS:
         own = [x for x in xrays if x.subset == subset]
         patients = {(x.grade, x.patient) for x in own}
-        rows.append([subset, *(f"{sum(x.grade == g for x in own)} ({sum(p[0] == g for p in patients)})" for g in range(5)),
+        rows.append([subset, *(f"{sum(x.grade == g for x in own)} ({sum(p[0] == g for p in patients)})" for g in range(K)),
                      f"{len(own)} ({len({x.patient for x in own})})"])
-    print(table(("pictures (patients)", *(f"grade {g}" for g in range(5)), "all"), rows))
+    print(table(("pictures (patients)", *(f"grade {g}" for g in range(K)), "all"), rows))
     return xrays
 
 
@@ -1002,7 +1011,7 @@ def read_split(data, run):
     try:
         with open(path, newline="", encoding="utf-8", errors="surrogateescape") as file:
             xrays = [Xray(row["path"], int(row["grade"]), row["patient"], row["subset"]) for row in csv.DictReader(file)]
-        if not {"train", "val"} <= {x.subset for x in xrays} <= SUBSETS.keys() or {x.grade for x in xrays} != set(range(5)):
+        if not {"train", "val"} <= {x.subset for x in xrays} <= SUBSETS.keys() or {x.grade for x in xrays} != set(range(K)):
             raise ValueError("subsets or grades are missing")
     except (KeyError, TypeError, ValueError, csv.Error) as error:
         raise KneeError(f"{path}: is damaged ({error}), remove it and run split again") from error
@@ -1068,7 +1077,7 @@ def command_test(data, run, device):
               "recall": [None if np.isnan(r) else float(r) for r in figures["recall"]], "confusion": confusion.tolist(),
               "majority_accuracy": float(majority["accuracy"]), "intervals": within}
     save(run / "metrics.json", json.dumps(result, indent=1) + "\n")
-    save_csv(run / "predictions.csv", ("path", "grade", "predicted", *(f"p{g}" for g in range(5))),
+    save_csv(run / "predictions.csv", ("path", "grade", "predicted", *(f"p{g}" for g in range(K))),
              [(x.path, x.grade, p, *(f"{a:.4f}" for a in answer)) for x, p, answer in zip(tested, predicted, answers.tolist())])
     return result
 
@@ -1083,7 +1092,7 @@ def command_plot(data, run, device):
     with open(run / "predictions.csv", newline="", encoding="utf-8", errors="surrogateescape") as file:
         answer = {row["path"]: int(row["predicted"]) for row in csv.DictReader(file)}
     shown = []  # for each grade the first picture answered right and the first answered wrong, as far as there are any
-    for right, grade in itertools.product((True, False), range(5)):
+    for right, grade in itertools.product((True, False), range(K)):
         shown.append(next((x for x in tested if x.grade == grade and (answer[x.path] == grade) == right), None))
     dataset = KneeFolder(data, [x for x in shown if x], size, device)
     heats, _ = heat_maps(load_net(checkpoint, device), dataset.images)
@@ -1100,7 +1109,7 @@ def command_predict(run, device, images, heatmap=None):
     pictures = torch.from_numpy(np.stack(in_threads(lambda path: read_xray(path, size), images, "decode")))[:, None].to(device)
     answers = probabilities(net, pictures)
     grades = grade_of(answers).tolist()
-    print(table(("file", "grade", "name", *(f"p{g}" for g in range(5))), [
+    print(table(("file", "grade", "name", *(f"p{g}" for g in range(K))), [
         (path, grade, GRADES[grade], *(f"{p:.3f}" for p in answer))
         for path, grade, answer in zip(images, grades, answers.tolist())]))
     if heatmap:

@@ -362,10 +362,10 @@ def test_a_soft_target_is_most_for_the_true_grade_and_less_the_farther_away():
     assert torch.equal(kneeoa.soft_targets(0), torch.eye(5))
 
 
-def test_the_best_epoch_is_the_one_with_the_lowest_validation_loss(trained, phantoms):
+def test_the_best_epoch_is_the_one_with_the_highest_validation_kappa(trained, phantoms):
     history = rows(trained / "history.csv")
     best = kneeoa.load_checkpoint(trained / "best.pt")
-    assert str(best["epoch"]) == min(history, key=lambda row: float(row["val_loss"]))["epoch"]
+    assert str(best["epoch"]) == max(history, key=lambda row: (float(row["val_kappa"]), -float(row["val_loss"])))["epoch"]
     # and its weights are those of that epoch: they give its figure again
     xrays = [Xray(r["path"], int(r["grade"]), r["patient"]) for r in rows(trained / "split.csv") if r["subset"] == "val"]
     dataset = KneeFolder(phantoms, xrays, 64)
