@@ -442,7 +442,7 @@ def standardize(images):
 
     An X-ray is bright where the knee is thick and dark at its sides; a spur at the margin is a faint grey on black. With
     the mean of a tenth of the width taken out, the exposure is gone and all edges are about equally strong. Measured on
-    Chen's set, this is worth more than all other choices in this file together: see README.md.
+    Chen's set, no other choice in this file was worth as much: see README.md.
     """
     images = images.float()
     size = images.shape[-1]
