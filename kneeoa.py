@@ -441,8 +441,8 @@ def standardize(images):
     normalization (Jarrett et al., 2009): each pixel less the mean around it, divided by the deviation around it.
 
     An X-ray is bright where the knee is thick and dark at its sides; a spur at the margin is a faint grey on black. With
-    the mean of a tenth of the width taken out, the exposure is gone and all edges are about equally strong. Measured on
-    Chen's set, no other choice in this file was worth as much: see README.md.
+    the mean of a tenth of the width taken out, the exposure is gone and all edges are about equally strong. On Chen's set
+    it raised the validation kappa from .78 to .84 (one seed): see README.md.
     """
     images = images.float()
     size = images.shape[-1]
