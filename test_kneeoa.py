@@ -434,6 +434,15 @@ def test_phantoms_are_the_same_again_and_two_knees_of_a_patient_are_not(phantoms
     assert left.read_bytes() != right.read_bytes()
 
 
+def test_phantoms_are_never_drawn_into_the_data_folder_and_the_fewest_allowed_can_be_split(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    xray_file(tmp_path / "data" / "0" / "mine.png")
+    assert kneeoa.main(["phantoms", "--count", "60"]) == 0
+    assert len(list((tmp_path / "data").rglob("*.png"))) == 1 and len(list((tmp_path / "phantoms").rglob("*.png"))) == 60
+    assert kneeoa.main(["split", "--data", "phantoms"]) == 0
+    assert kneeoa.main(["phantoms", "--data", "fewer", "--count", "59"]) == 2
+
+
 # ----------------------------------------------------------------------------------------------------------- command line
 
 
@@ -497,7 +506,8 @@ def test_predict_agrees_with_the_test(trained, phantoms, capsys):
 
 def test_tune_ranks_by_validation_and_goes_on_where_it_was_stopped(phantoms, trained, tmp_path, capsys, monkeypatch):
     (tmp_path / "split.csv").write_bytes((trained / "split.csv").read_bytes())
-    words = ["tune", "--data", str(phantoms), "--run", str(tmp_path), "--size", "64", "--epochs", "1", "--widths", "8"]
+    words = ["tune", "--data", str(phantoms), "--run", str(tmp_path), "--size", "64", "--epochs", "1", "--widths", "8",
+             "--device", "cpu"]
     assert kneeoa.main([*words, "--lr", "1e-3", "1e-2"]) == 0
     before = rows(tmp_path / "tune.csv")
     assert [row["lr"] for row in before] == ["0.001", "0.01"]
@@ -794,7 +804,7 @@ def test_a_mistake_ends_in_one_line_and_status_2(words, told, capsys, tmp_path, 
     assert not list(tmp_path.iterdir())
 
 
-def test_a_copied_file_alone_draws_splits_and_trains(tmp_path):
+def test_a_copied_file_alone_draws_phantoms_and_splits_them(tmp_path):
     (tmp_path / "kneeoa.py").write_bytes(PROGRAM.read_bytes())
     done = subprocess.run([sys.executable, "kneeoa.py", "split"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0 and "drawing 1000 phantoms" in done.stdout
