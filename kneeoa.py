@@ -8,10 +8,10 @@
 
 A knee is graded on the Kellgren-Lawrence (KL) scale (Kellgren and Lawrence, 1957): 0 none, 1 doubtful, 2 minimal,
 3 moderate, 4 severe. The file reads from top to bottom in the order in which a picture travels: settings, reading,
-splitting, data set, network, augmentation, training; behind that road come metrics, heat maps, phantoms and commands.
+splitting, data set, network, augmentation, training, metrics. What that road leans on, and may be skipped, stands
+behind it: files, heat maps, phantoms and commands.
 
-Measured: accuracy .69 and quadratic weighted kappa .82 on 826 knees of Chen's set, mean of three seeds, after 7 minutes
-on two CPU cores; README.md says how, and what holds these figures back. Left out on purpose: pretrained weights,
+Measured: see README.md, which says how, and what holds the figures back. Left out on purpose: pretrained weights,
 ensembles, several GPUs. This is no medical device: it is not for diagnosis.
 
 SPDX-License-Identifier: MIT
@@ -44,11 +44,14 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
+# What makes this a program about knees. For hips, hands or chests change these lines first; README.md lists the rest.
 GRADES = ("none", "doubtful", "minimal", "moderate", "severe")  # the name of grade g is GRADES[g]
-K = len(GRADES)
-SUBSETS = {"train": 0.70, "val": 0.15, "test": 0.15}  # share of the pictures
+PATIENT = re.compile(r"(\d+)[ _-]?(L|R|left|right)\b", re.IGNORECASE)  # in 9003175L.png the patient is 9003175
 BAND = (3 / 14, 13 / 14)  # the rows the network looks at, as shares of the height: the joint and the bone next to it
 HALF = 4 / 7  # the width of each of its two halves, as a share of the picture's: they overlap in the middle
+
+K = len(GRADES)
+SUBSETS = {"train": 0.70, "val": 0.15, "test": 0.15}  # share of the pictures
 ZOOMS = (0.95, 1.0, 1.05)  # the views of a picture, of which the mean answer counts when it is graded
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff"}
 
@@ -78,6 +81,7 @@ class Config:
     dropout: float = setting(0.3, 0.0, 0.95, "share of the features hidden from the last layer in training")
     widths: tuple = setting((32, 64, 128, 256), 4, 1024, "channels of each stage, with commas: 32,64,128,256")
     softness: float = setting(0.5, 0.0, 10.0, "how far a target leaks to the neighbouring grades, 0: not at all")
+    balance: float = setting(0.5, 0.0, 1.0, "answer as if grades were 0: as frequent as they are, 1: equally frequent")
     augment: float = setting(1.0, 0.0, 3.0, "strength of the random changes to training pictures, 0: none")
     seed: int = setting(0, 0, 2**31 - 1, "chooses split, first weights, order and random changes")
     device: str = setting("auto", None, None, "auto (CUDA, else Apple's MPS, else CPU), cpu, cuda, cuda:1, mps")
@@ -136,40 +140,6 @@ class Xray(NamedTuple):
     subset: str = ""  # train, val or test; empty where the folder does not say
 
 
-def folders_in(folder):
-    return sorted(f for f in folder.iterdir() if f.is_dir() and not f.name.startswith("."))
-
-
-def grade_folders(folder):
-    """(grade, folder) for `0`, `1`, ... or `0Normal`, `1Doubtful`, ...: the digit counts, never the alphabetical rank."""
-    return [(int(f.name[0]), f) for f in folders_in(folder) if re.match(rf"[0-{K - 1}](?!\d)", f.name)]
-
-
-def find_layout(folder, depth=3):
-    """The subsets of a data folder as {subset: folder with the grades}, subset "" where there is but one."""
-    if grade_folders(folder):
-        return {"": folder}
-    given = {name: folder / name for name in SUBSETS if (folder / name).is_dir() and grade_folders(folder / name)}
-    if given:
-        return given
-    inner = [f for f in folders_in(folder) if depth and find_layout(f, depth - 1)]  # an archive's outer folders
-    if len(inner) > 1:
-        raise KneeError(f"{folder}: has several data sets in it ({', '.join(f.name for f in inner)}), name one with --data")
-    return find_layout(inner[0], depth - 1) if inner else {}
-
-
-def read_patients(path):
-    """{file name: patient} from a CSV file with the columns image,patient."""
-    try:
-        with open(path, newline="", encoding="utf-8") as file:
-            reader = csv.DictReader(file)
-            if not {"image", "patient"} <= set(reader.fieldnames or ()):
-                raise ValueError("no columns image,patient")
-            return {row["image"]: (row["patient"] or "").strip() for row in reader}
-    except (ValueError, csv.Error) as error:  # ValueError: a file that is no text, too
-        raise KneeError(f"{path}: is no patients file, its first line must be image,patient") from error
-
-
 def find_xrays(folder, patients_file=None):
     """All pictures of a data folder as a list of Xray, in the order of their paths, whatever the file system's order.
 
@@ -177,30 +147,21 @@ def find_xrays(folder, patients_file=None):
     else the picture is a patient of its own, whose name is its path. Raises KneeError where there is nothing to find.
     """
     folder = Path(folder)
-    if not folder.is_dir():
-        raise KneeError(f"{folder}: no such folder, name the folder of the X-rays with --data")
-    layout = find_layout(folder)
-    if not layout:
-        raise KneeError(f"{folder}: no folders 0 to 4 in it, nor train/0 to train/4; put each picture under its grade")
+    layout = find_layout(folder)  # {subset: folder with the grades}, subset "" where there is but one
     shipped = Path(__file__).with_name("osail_patients.csv")
     patients_file = patients_file or (shipped if shipped.exists() else None)
     patients = read_patients(patients_file) if patients_file else {}
-    xrays, passed_over = [], []
+    xrays = []
     for subset, top in layout.items():
         for grade, grade_folder in grade_folders(top):
             for file in grade_folder.rglob("*"):
                 if file.suffix.lower() in SUFFIXES and not file.name.startswith(".") and file.is_file():
-                    path = file.relative_to(folder).as_posix()
-                    knee = re.match(r"(\d+)[ _-]?(L|R|left|right)\b", file.stem, re.IGNORECASE)
+                    path, knee = file.relative_to(folder).as_posix(), PATIENT.match(file.stem)
                     patient = patients.get(file.name) or (knee[1] if knee else path)
                     xrays.append(Xray(path, grade, patient, subset))
-        passed_over += sorted({f.name for f in folders_in(top)} - {f.name for _, f in grade_folders(top)})
-    if passed_over:
-        print(f"passed over, no grade: {', '.join(passed_over)}")
-    for subset in layout.keys() - {"val", "test"}:
         missing = set(range(K)) - {x.grade for x in xrays if x.subset == subset}
-        if missing:
-            raise KneeError(f"{layout[subset]}: no pictures of grade {', '.join(map(str, sorted(missing)))}, add some")
+        if missing and subset in ("", "train"):
+            raise KneeError(f"{top}: no pictures of grade {', '.join(map(str, sorted(missing)))}, add some")
     return sorted(xrays)
 
 
@@ -208,54 +169,6 @@ def find_xrays(folder, patients_file=None):
 # Two pictures of one patient look alike and often have the same grade. With one in training and the other in the test
 # subset, a network is rewarded for recognizing the patient. So patients are dealt out, not pictures, and the deal
 # depends on names, grades and the seed alone: everybody who has the data has the same test subset.
-
-
-def in_threads(function, items, title):
-    """[function(item) for item in items], on all cores: Pillow decodes without holding Python's lock, so threads are
-    enough. Every item that raises KneeError is tried and told, not the first alone."""
-    broken = []
-
-    def attempt(part):
-        results = []
-        for item in part:
-            try:
-                results.append(function(item))
-            except KneeError as error:
-                broken.append(str(error))
-        return results
-
-    parts = [items[i : i + 32] for i in range(0, len(items), 32)]  # one by one, handing over would cost a fifth more
-    results = []
-    with ThreadPoolExecutor(os.cpu_count()) as pool, tqdm(desc=title, total=len(items), unit=" pictures", leave=False) as bar:
-        for part in pool.map(attempt, parts):
-            results += part
-            bar.update(len(part))
-    if broken:
-        raise KneeError("; ".join(sorted(broken)))
-    return results
-
-
-def drop_equal_pictures(folder, xrays):
-    """Without the pictures whose decoded pixels stand there twice, and a line of text about each that was left out.
-
-    Of equals within a grade the first is kept. Equals under different grades are all left out: one label must be wrong,
-    and nothing says which.
-    """
-    def fingerprint(xray):
-        grey = read_grey(folder / xray.path)
-        return hashlib.blake2b(repr(grey.shape).encode() + grey.tobytes(), digest_size=16).digest()
-
-    equals = defaultdict(list)
-    for xray, print_ in zip(xrays, in_threads(fingerprint, xrays, "compare")):
-        equals[print_].append(xray)
-    kept, notes = [], []
-    for first, *others in equals.values():
-        if any(x.grade != first.grade for x in others):
-            notes.append("left out, one picture under several grades: " + ", ".join(x.path for x in (first, *others)))
-        else:
-            kept.append(first)
-            notes += [f"left out, equals {first.path}: {x.path}" for x in others]
-    return sorted(kept), notes
 
 
 def split_by_patient(xrays, seed, shares=SUBSETS):
@@ -287,17 +200,6 @@ def split_by_patient(xrays, seed, shares=SUBSETS):
     return [x._replace(subset=home[x.patient]) for x in xrays]
 
 
-def refuse_leaks(where, xrays):
-    """Raises KneeError if a patient has pictures in two subsets."""
-    homes = defaultdict(set)
-    for xray in xrays:
-        homes[xray.patient].add(xray.subset)
-    leaks = sorted(patient for patient, subsets in homes.items() if len(subsets) > 1)
-    if leaks:
-        raise KneeError(f"{where}: {len(leaks)} patients are in two subsets ({', '.join(leaks[:5])}"
-                        f"{' ...' if leaks[5:] else ''}), move all pictures of each to one")
-
-
 def make_split(folder, seed, patients_file=None):
     """The pictures of a data folder with their subsets, and lines of text about what was found. A split that the
     folders give is kept; without `val` it is taken from `train`. Raises KneeError if a patient is in two given subsets.
@@ -315,9 +217,9 @@ def make_split(folder, seed, patients_file=None):
             raise KneeError(f"{folder}: has no subset train, add the folder train")
         if "val" not in given:
             notes.append("no val given: it is taken from train, by patient")
-            rest = [x for x in xrays if x.subset != "train"]
+            test = [x for x in xrays if x.subset == "test"]
             train = [x for x in xrays if x.subset == "train"]
-            xrays = sorted(split_by_patient(train, seed, {"train": 0.85, "val": 0.15}) + rest)
+            xrays = sorted(split_by_patient(train, seed, {"train": 0.85, "val": 0.15}) + test)
         if "test" not in given:
             notes.append("no test given: the figures will be of the validation subset")
     alone = sum(x.patient == x.path for x in xrays)
@@ -485,90 +387,16 @@ def augment(images, generator, strength=1.0):
     return F.grid_sample(images.float(), look, padding_mode="border", align_corners=False)
 
 
-# -------------------------------------------------------------------------------------------------------------- saving
-# Whatever is written is first written beside its place, flushed to the disk and then renamed, which happens as a whole
-# or not at all: whenever the power goes, the old file is there or the new one.
-
-
-def save(path, content):
-    """Replaces the file by `content` (bytes or text), or leaves it as it was."""
-    beside = path.with_name(path.name + ".part")
-    try:
-        with open(beside, "wb") as file:
-            file.write(content if isinstance(content, bytes) else content.encode("utf-8", "surrogateescape"))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    except OSError:  # a full disk, most often
-        beside.unlink(missing_ok=True)
-        raise
-
-
-def save_csv(path, columns, rows):
-    text = io.StringIO(newline="")
-    writer = csv.writer(text)
-    writer.writerow(columns)
-    writer.writerows(rows)
-    save(path, text.getvalue())
-
-
-def save_checkpoint(path, checkpoint):
-    memory = io.BytesIO()
-    torch.save(checkpoint, memory)
-    save(path, memory.getvalue())
-
-
-def load_checkpoint(path, *needed):
-    """The checkpoint at `path` as a dictionary, its "config" made into a Config. Raises KneeError if it is none of this
-    program's, or lacks one of the keys that are needed."""
-    if not path.is_file():
-        raise KneeError(f"{path}: no such checkpoint, run train first or name the run's folder with --run")
-    try:
-        # weights_only: a checkpoint is a pickle, and a pickle from a stranger can run any program.
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        checkpoint["config"] = Config(**checkpoint["config"])
-        load_net(checkpoint, torch.device("cpu"))
-        if not set(needed) <= checkpoint.keys():
-            raise KeyError("a part is missing")
-    except Exception as error:  # what torch.load raises on foreign bytes is documented nowhere, and can be anything
-        raise KneeError(f"{path}: is damaged or of another program ({type(error).__name__}), remove its folder or name "
-                        f"another with --run") from error
-    return checkpoint
-
-
-def load_net(checkpoint, device):
-    """The network of a checkpoint, on the device and ready to answer."""
-    net = KneeNet(checkpoint["config"].widths).to(device, memory_format=torch.channels_last)
-    net.load_state_dict(checkpoint["net"])
-    return net.eval()
-
-
 # ------------------------------------------------------------------------------------------------------------ training
 # Show a batch, measure how wrong the answer is, move each weight a little to where it is less wrong: that is all of
 # training, and it stands in ten lines of `train`. The rest of this part is what keeps it honest and repeatable: choose by
 # the validation subset, never by the test subset, and lose nothing when it is stopped.
 
 
-def pick_device(name):
-    """The torch.device of a setting such as "auto" or "cuda:1". Raises KneeError if it is not there."""
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if name == "auto":
-        name = next(kind for kind in there if there[kind])
-    kind, _, number = name.partition(":")
-    if not there[kind] or kind == "cuda" and int(number or 0) >= torch.cuda.device_count():
-        raise KneeError(f"--device {name}: is not on this machine, use --device auto")
-    return torch.device(name)
-
-
-def half_precision(device):
-    """The context in which the network's convolutions run in bfloat16, where the device computes that natively and so is
-    faster with it: CPUs with AMX or AVX-512 BF16, and most GPUs. Others would be slower, and stay in float32."""
-    if device.type == "cpu":
-        can = getattr(torch.cpu, "get_capabilities", dict)()  # older builds of torch cannot tell
-        native = can.get("amx_bf16", False) or can.get("avx512_bf16", False)
-    else:
-        native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.autocast(device.type, torch.bfloat16, enabled=native)
+def rate(progress):
+    """The learning rate as a share of its highest, from progress 0 to 1: a quarter of the way up in a straight line,
+    then down along a cosine (after Smith and Topin, 2018), to 0, so that the last epochs are the steady ones."""
+    return progress / 0.25 if progress < 0.25 else 0.5 + 0.5 * math.cos(math.pi * (progress - 0.25) / 0.75)
 
 
 def soft_targets(softness, device="cpu"):
@@ -578,6 +406,18 @@ def soft_targets(softness, device="cpu"):
     if softness == 0:
         return torch.eye(K, device=device)
     return torch.softmax(-(grade[:, None] - grade).square() / softness, 1)
+
+
+def loss_of(logits, grades, shares, config):
+    """The mean cross-entropy of logits (N, 5) against the soft targets of grades (N,), after logit adjustment (Menon et
+    al., 2021); `shares` (5,) says how frequent each grade is in the training subset.
+
+    Four knees in ten are of grade 0, so a network in doubt between 0 and 1 is right most often if it never says 1. In the
+    loss, and there alone, each logit is raised by how frequent its grade is: what the frequency explains need not be
+    learned, and the bare logits answer as if the grades were more alike in number, with a balance of 1 equally frequent.
+    """
+    targets = soft_targets(config.softness, logits.device)[grades]  # (N, 5)
+    return F.cross_entropy(logits + config.balance * shares.log(), targets)
 
 
 def zoomed(images, zoom):
@@ -597,40 +437,14 @@ def probabilities(net, images, zooms=ZOOMS, batch=128):
                             for zoom in zooms]).mean(0)  # (views, N, 5) -> (N, 5)
 
 
-def fingerprint(*datasets):
-    """A text that is the same for the same pictures, names and subsets alone."""
-    digest = hashlib.blake2b(digest_size=16)
-    for dataset in datasets:
-        digest.update(repr(dataset.xrays).encode("utf-8", "surrogateescape"))
-        digest.update(dataset.images.cpu().numpy())
-    return digest.hexdigest()
-
-
-def refuse_other(run, before, now):
-    """Raises KneeError if a run is to go on with other settings or pictures than it began with."""
-    changed = [f"{name} was {value}, now {getattr(now['config'], name)}" for name, value in asdict(before["config"]).items()
-               if name != "device" and value != getattr(now["config"], name)]
-    if not changed and before["pictures"] != now["pictures"]:
-        changed = ["the pictures or their split were others"]
-    if changed:
-        raise KneeError(f"{run}: was begun differently ({', '.join(changed)}), set it as it was or name another --run")
-
-
-def evaluate(net, dataset, softness):
-    """(loss, probabilities (N, 5)) over a whole subset, without augmentation; from one view, since three take longer."""
-    answers = probabilities(net, dataset.images, zooms=(1.0,))
-    targets = soft_targets(softness, answers.device)[dataset.grades]
-    return -(targets * answers.clamp(min=1e-9).log()).sum(1).mean().item(), answers
-
-
-def rate(progress):
-    """The learning rate as a share of its highest, from progress 0 to 1: a quarter of the way up in a straight line,
-    then down along a cosine (after Smith and Topin, 2018), to 0, so that the last epochs are the steady ones."""
-    return progress / 0.25 if progress < 0.25 else 0.5 + 0.5 * math.cos(math.pi * (progress - 0.25) / 0.75)
-
-
 BAR = "{desc} {percentage:3.0f}%|{bar:16}| {n_fmt}/{total_fmt} {elapsed}{postfix}"
 HISTORY = ("epoch", "train_loss", "train_accuracy", "val_loss", "val_accuracy", "val_kappa", "lr", "seconds")
+
+
+def evaluate(net, dataset, shares, config):
+    """(loss, probabilities (N, 5)) over a whole subset, without augmentation; from one view, since three take longer."""
+    answers = probabilities(net, dataset.images, zooms=(1.0,))
+    return loss_of(answers.clamp(min=1e-9).log(), dataset.grades, shares, config).item(), answers
 
 
 def train(train_set, val_set, config, run, bars=True):
@@ -655,23 +469,11 @@ def train(train_set, val_set, config, run, bars=True):
     # (Polyak and Juditsky, 1992): single steps at a high rate throw the network about, their mean stays in the middle.
     decay = max(0.0, 1 - 20 / (steps * config.epochs))
     average = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
-    targets, precision = soft_targets(config.softness, device), half_precision(device)
+    shares = torch.bincount(train_set.grades, minlength=K).clamp(min=1) / len(train_set)  # of each grade, (5,)
 
+    state = {"net": net, "average": average, "adam": adam, "schedule": schedule}  # what a resumed run must find again
     begun = {"config": asdict(config), "pictures": fingerprint(train_set, val_set)}
-    history, best = [], None
-    run.mkdir(parents=True, exist_ok=True)
-    if (run / "last.pt").exists():
-        last = load_checkpoint(run / "last.pt", "average", "adam", "schedule", "best", "history", "pictures")
-        refuse_other(run, last, begun | {"config": config})
-        net.load_state_dict(last["net"])
-        average.load_state_dict(last["average"])
-        adam.load_state_dict(last["adam"])
-        schedule.load_state_dict(last["schedule"])
-        history, best = last["history"], last["best"]
-        print(f"{run}: {len(history)} of {config.epochs} epochs are done already")
-        save_checkpoint(run / "best.pt", begun | best | {"done": len(history)})
-        save_csv(run / "history.csv", HISTORY, history)
-
+    history, best = resume(run, begun, config, state)
     for epoch in range(len(history) + 1, config.epochs + 1):
         start = time.perf_counter()
         # Three generators, so that drawing one more augmentation never changes the order of the pictures or dropout.
@@ -686,9 +488,9 @@ def train(train_set, val_set, config, run, bars=True):
             for step, index in enumerate(shuffled[: steps * batch].split(batch), 1):
                 images, grades = train_set[index]  # uint8 (B, 1, S, S), int64 (B,)
                 images = standardize(augment(images, chance, config.augment))  # float (B, 1, S, S)
-                with precision:
+                with half_precision(device):
                     logits = net(images).float()  # (B, 5)
-                loss = F.cross_entropy(logits, targets[grades])
+                loss = loss_of(logits, grades, shares, config)
                 adam.zero_grad()
                 loss.backward()
                 adam.step()
@@ -702,11 +504,11 @@ def train(train_set, val_set, config, run, bars=True):
                     bar.set_postfix_str(f"loss {train_loss:.3f} accuracy {train_accuracy:.3f}", refresh=False)
             seconds = time.perf_counter() - start
 
-            val_loss, answers = evaluate(average.module, val_set, config.softness)
+            val_loss, answers = evaluate(average.module, val_set, shares, config)
             if not math.isfinite(train_loss + val_loss):
                 raise KneeError(f"epoch {epoch}: the loss is no number any more, "
                                 f"try --lr {config.lr / 4:.1g} and another --run")
-            scores = metrics(confusion_matrix(val_set.grades, grade_of(answers)))
+            scores = metrics(confusion_matrix(val_set.grades, answers.argmax(1)))
             accuracy, kappa = float(scores["accuracy"]), float(scores["kappa"])
             left = (config.epochs - epoch) * (time.perf_counter() - start)
             bar.set_postfix_str(f"{bar.postfix} | validation loss {val_loss:.3f} accuracy {accuracy:.3f} "
@@ -718,12 +520,7 @@ def train(train_set, val_set, config, run, bars=True):
         if best is None or (kappa, -val_loss) > (best["figures"]["val_kappa"], -best["figures"]["val_loss"]):
             weights = {name: tensor.clone() for name, tensor in average.module.state_dict().items()}
             best = {"epoch": epoch, "figures": dict(zip(HISTORY, row)), "net": weights}
-        # All is in last.pt, and the other two are made from it, so there is no moment at which they could disagree.
-        save_checkpoint(run / "last.pt", begun | {"net": net.state_dict(), "average": average.state_dict(), "best": best,
-                                                  "adam": adam.state_dict(), "schedule": schedule.state_dict(),
-                                                  "history": history})
-        save_checkpoint(run / "best.pt", begun | best | {"done": len(history)})
-        save_csv(run / "history.csv", HISTORY, history)
+        keep(run, begun, history, best, state)
     return load_checkpoint(run / "best.pt")
 
 
@@ -734,11 +531,6 @@ def train(train_set, val_set, config, run, bars=True):
 
 FIGURES = {"accuracy": "accuracy", "balanced_accuracy": "balanced accuracy", "kappa": "quadratic weighted kappa",
            "mae": "mean absolute error"}
-
-
-def grade_of(probabilities):
-    """Probabilities (N, 5) to grades (N,): the most probable one."""
-    return probabilities.argmax(1)
 
 
 def confusion_matrix(true, predicted):
@@ -775,6 +567,243 @@ def intervals(true, predicted, patients, draws=2000):
     drawn = np.random.default_rng(0).multinomial(len(counts), np.full(len(counts), 1 / len(counts)), draws)
     figures = metrics((drawn @ counts).reshape(draws, K, K))
     return {name: np.nanpercentile(figures[name], (2.5, 97.5)).tolist() for name in FIGURES}
+
+
+# --------------------------------------------------------------------------------------------------------------- files
+# Here ends the road, and what follows is what it leaned on. First files: how folders and tables are read, and how
+# results are written so that nothing is lost whenever the power goes.
+
+
+def folders_in(folder):
+    return sorted(f for f in folder.iterdir() if f.is_dir() and not f.name.startswith("."))
+
+
+def grade_folders(folder):
+    """(grade, folder) for `0`, `1`, ... or `0Normal`, `1Doubtful`, ...: the digit counts, never the alphabetical rank."""
+    return [(int(f.name[0]), f) for f in folders_in(folder) if re.match(rf"[0-{K - 1}](?!\d)", f.name)]
+
+
+def find_layout(folder):
+    """The subsets of a data folder as {subset: folder with the grades}, subset "" where there is but one. Looks into
+    the outer folders of an unzipped archive. Raises KneeError where nothing, or more than one data set, is found."""
+    def search(folder, depth):
+        if grade_folders(folder):
+            return {"": folder}
+        given = {name: folder / name for name in SUBSETS if (folder / name).is_dir() and grade_folders(folder / name)}
+        inner = [] if given or not depth else [found for f in folders_in(folder) if (found := search(f, depth - 1))]
+        if len(inner) > 1:
+            there = ", ".join(str(next(iter(found.values()))) for found in inner)
+            raise KneeError(f"{folder}: has several data sets in it ({there}), name one with --data")
+        return given or (inner[0] if inner else {})
+
+    if not folder.is_dir():
+        raise KneeError(f"{folder}: no such folder, name the folder of the X-rays with --data")
+    layout = search(folder, 3)
+    if not layout:
+        raise KneeError(f"{folder}: no folders 0 to 4 in it, nor train/0 to train/4; put each picture under its grade")
+    for top in layout.values():
+        passed_over = {f.name for f in folders_in(top)} - {f.name for _, f in grade_folders(top)}
+        if passed_over:
+            print(f"passed over, no grade: {', '.join(sorted(passed_over))}")
+    return layout
+
+
+def read_patients(path):
+    """{file name: patient} from a CSV file with the columns image,patient."""
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            reader = csv.DictReader(file)
+            if not {"image", "patient"} <= set(reader.fieldnames or ()):
+                raise ValueError("no columns image,patient")
+            return {row["image"]: (row["patient"] or "").strip() for row in reader}
+    except (ValueError, csv.Error) as error:  # ValueError: a file that is no text, too
+        raise KneeError(f"{path}: is no patients file, its first line must be image,patient") from error
+
+
+def refuse_leaks(where, xrays):
+    """Raises KneeError if a patient has pictures in two subsets."""
+    homes = defaultdict(set)
+    for xray in xrays:
+        homes[xray.patient].add(xray.subset)
+    leaks = sorted(patient for patient, subsets in homes.items() if len(subsets) > 1)
+    if leaks:
+        raise KneeError(f"{where}: {len(leaks)} patients are in two subsets ({', '.join(leaks[:5])}"
+                        f"{' ...' if leaks[5:] else ''}), move all pictures of each to one")
+
+
+def drop_equal_pictures(folder, xrays):
+    """Without the pictures whose decoded pixels stand there twice, and a line of text about each that was left out.
+
+    Of equals within a grade the first is kept. Equals under different grades are all left out: one label must be wrong,
+    and nothing says which.
+    """
+    def digest(xray):
+        grey = read_grey(folder / xray.path)
+        return hashlib.blake2b(repr(grey.shape).encode() + grey.tobytes(), digest_size=16).digest()
+
+    equals = defaultdict(list)
+    for xray, pixels in zip(xrays, in_threads(digest, xrays, "compare")):
+        equals[pixels].append(xray)
+    kept, notes = [], []
+    for first, *others in equals.values():
+        if any(x.grade != first.grade for x in others):
+            notes.append("left out, one picture under several grades: " + ", ".join(x.path for x in (first, *others)))
+        else:
+            kept.append(first)
+            notes += [f"left out, equals {first.path}: {x.path}" for x in others]
+    return sorted(kept), notes
+
+
+def in_threads(function, items, title):
+    """[function(item) for item in items], on all cores: Pillow decodes without holding Python's lock, so threads are
+    enough. Every item that raises KneeError is tried and told, not the first alone."""
+    broken = []
+
+    def attempt(part):
+        results = []
+        for item in part:
+            try:
+                results.append(function(item))
+            except KneeError as error:
+                broken.append(str(error))
+        return results
+
+    parts = [items[i : i + 32] for i in range(0, len(items), 32)]  # one by one, handing over would cost a fifth more
+    results = []
+    with ThreadPoolExecutor(os.cpu_count()) as pool, tqdm(desc=title, total=len(items), unit=" pictures", leave=False) as bar:
+        for part in pool.map(attempt, parts):
+            results += part
+            bar.update(len(part))
+    if broken:
+        raise KneeError("; ".join(sorted(broken)))
+    return results
+
+
+def save(path, content):
+    """Replaces the file by `content` (bytes or text), or leaves it as it was: it is written beside its place, flushed to
+    the disk and then renamed, which happens as a whole or not at all."""
+    beside = path.with_name(path.name + ".part")
+    try:
+        with open(beside, "wb") as file:
+            file.write(content if isinstance(content, bytes) else content.encode("utf-8", "surrogateescape"))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except OSError:  # a full disk, most often
+        beside.unlink(missing_ok=True)
+        raise
+
+
+def save_csv(path, columns, rows):
+    text = io.StringIO(newline="")
+    csv.writer(text).writerows([columns, *rows])
+    save(path, text.getvalue())
+
+
+def read_csv(path):
+    """The rows of a CSV file as dictionaries; file names that are no UTF-8 come back as they were saved."""
+    with open(path, newline="", encoding="utf-8", errors="surrogateescape") as file:
+        return list(csv.DictReader(file))
+
+
+def save_checkpoint(path, checkpoint):
+    memory = io.BytesIO()
+    torch.save(checkpoint, memory)
+    save(path, memory.getvalue())
+
+
+def load_checkpoint(path, *needed):
+    """The checkpoint at `path` as a dictionary, its "config" made into a Config. Raises KneeError if it is none of this
+    program's, or lacks one of the keys that are needed."""
+    if not path.is_file():
+        raise KneeError(f"{path}: no such checkpoint, run train first or name the run's folder with --run")
+    try:
+        # weights_only: a checkpoint is a pickle, and a pickle from a stranger can run any program.
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint["config"] = Config(**checkpoint["config"])
+        load_net(checkpoint, torch.device("cpu"))
+        if not set(needed) <= checkpoint.keys():
+            raise KeyError("a part is missing")
+    except Exception as error:  # what torch.load raises on foreign bytes is documented nowhere, and can be anything
+        raise KneeError(f"{path}: is damaged or of another program ({type(error).__name__}), remove its folder or name "
+                        f"another with --run") from error
+    return checkpoint
+
+
+def load_net(checkpoint, device):
+    """The network of a checkpoint, on the device and ready to answer."""
+    net = KneeNet(checkpoint["config"].widths).to(device, memory_format=torch.channels_last)
+    net.load_state_dict(checkpoint["net"])
+    return net.eval()
+
+
+def fingerprint(*datasets):
+    """A text that is the same for the same pictures, names and subsets alone."""
+    digest = hashlib.blake2b(digest_size=16)
+    for dataset in datasets:
+        digest.update(repr(dataset.xrays).encode("utf-8", "surrogateescape"))
+        digest.update(dataset.images.cpu().numpy())
+    return digest.hexdigest()
+
+
+def refuse_other(run, before, now):
+    """Raises KneeError if a run is to go on with other settings or pictures than it began with."""
+    changed = [f"{name} was {value}, now {getattr(now['config'], name)}" for name, value in asdict(before["config"]).items()
+               if name != "device" and value != getattr(now["config"], name)]
+    if not changed and before["pictures"] != now["pictures"]:
+        changed = ["the pictures or their split were others"]
+    if changed:
+        raise KneeError(f"{run}: was begun differently ({', '.join(changed)}), set it as it was or name another --run")
+
+
+def keep(run, begun, history, best, state):
+    """Writes last.pt, all that a resumed run needs, and then what others read of it."""
+    parts = {name: part.state_dict() for name, part in state.items()}
+    save_checkpoint(run / "last.pt", begun | parts | {"history": history, "best": best})
+    publish(run, begun, history, best)
+
+
+def publish(run, begun, history, best):
+    """Writes best.pt and history.csv from what is in last.pt: so there is no moment at which the three disagree."""
+    save_checkpoint(run / "best.pt", begun | best | {"done": len(history)})
+    save_csv(run / "history.csv", HISTORY, history)
+
+
+def resume(run, begun, config, state):
+    """(history, best) of a run, empty where it begins; else the parts of `state` are set to what last.pt holds. Raises
+    KneeError if it was begun with other settings or pictures."""
+    run.mkdir(parents=True, exist_ok=True)
+    if not (run / "last.pt").exists():
+        return [], None
+    last = load_checkpoint(run / "last.pt", "history", "best", "pictures", *state)
+    refuse_other(run, last, begun | {"config": config})
+    for name, part in state.items():
+        part.load_state_dict(last[name])
+    print(f"{run}: {len(last['history'])} of {config.epochs} epochs are done already")
+    publish(run, begun, last["history"], last["best"])  # it may have been stopped before the two were written
+    return last["history"], last["best"]
+
+
+def pick_device(name):
+    """The torch.device of a setting such as "auto" or "cuda:1". Raises KneeError if it is not there."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(kind for kind in there if there[kind])
+    kind, _, number = name.partition(":")
+    if not there[kind] or kind == "cuda" and int(number or 0) >= torch.cuda.device_count():
+        raise KneeError(f"--device {name}: is not on this machine, use --device auto")
+    return torch.device(name)
+
+
+def half_precision(device):
+    """The context in which the network's convolutions run in bfloat16, where the device computes that natively and so is
+    faster with it: CPUs with AMX or AVX-512 BF16, and most GPUs. Others would be slower, and stay in float32."""
+    if device.type == "cpu":
+        can = getattr(torch.cpu, "get_capabilities", dict)()  # older builds of torch cannot tell
+        native = can.get("amx_bf16", False) or can.get("avx512_bf16", False)
+    else:
+        native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.autocast(device.type, torch.bfloat16, enabled=native)
 
 
 # ------------------------------------------------------------------------------------------------------------- looking
@@ -1005,14 +1034,14 @@ def command_split(data, run, config, patients_file=None):
     xrays, notes = make_split(data, config.seed, patients_file)
     print(*notes, sep="\n")
     run.mkdir(parents=True, exist_ok=True)
-    save_csv(run / "split.csv", ("path", "grade", "patient", "subset"), xrays)
-    rows = []
-    for subset in SUBSETS:
-        own = [x for x in xrays if x.subset == subset]
-        patients = {(x.grade, x.patient) for x in own}
-        rows.append([subset, *(f"{sum(x.grade == g for x in own)} ({sum(p[0] == g for p in patients)})" for g in range(K)),
-                     f"{len(own)} ({len({x.patient for x in own})})"])
-    print(table(("pictures (patients)", *(f"grade {g}" for g in range(K)), "all"), rows))
+    save_csv(run / "split.csv", Xray._fields, xrays)
+
+    def count(own):
+        return f"{len(own)} ({len({x.patient for x in own})})"
+
+    subsets = {subset: [x for x in xrays if x.subset == subset] for subset in SUBSETS}
+    print(table(("pictures (patients)", *(f"grade {g}" for g in range(K)), "all"), [
+        (subset, *(count([x for x in own if x.grade == g]) for g in range(K)), count(own)) for subset, own in subsets.items()]))
     return xrays
 
 
@@ -1022,8 +1051,7 @@ def read_split(data, run):
     if not path.exists():
         raise KneeError(f"{path}: no such file, run split or train first, or name the run's folder with --run")
     try:
-        with open(path, newline="", encoding="utf-8", errors="surrogateescape") as file:
-            xrays = [Xray(row["path"], int(row["grade"]), row["patient"], row["subset"]) for row in csv.DictReader(file)]
+        xrays = [Xray(row["path"], int(row["grade"]), row["patient"], row["subset"]) for row in read_csv(path)]
         if not {"train", "val"} <= {x.subset for x in xrays} <= SUBSETS.keys() or {x.grade for x in xrays} != set(range(K)):
             raise ValueError("subsets or grades are missing")
     except (KeyError, TypeError, ValueError, csv.Error) as error:
@@ -1036,19 +1064,16 @@ def read_split(data, run):
     return xrays
 
 
-def split_of_run(data, run, config, patients_file):
-    if (run / "split.csv").exists():
-        return read_split(data, run)
-    return command_split(data, run, config, patients_file)
-
-
-def training_sets(data, xrays, config, device):
+def training_sets(data, run, config, device, patients_file):
+    """The data sets of subsets train and val, by the split of the run, which is made if it is missing."""
+    made = (run / "split.csv").exists()
+    xrays = read_split(data, run) if made else command_split(data, run, config, patients_file)
     return [KneeFolder(data, [x for x in xrays if x.subset == s], config.size, device) for s in ("train", "val")]
 
 
 def command_train(data, run, config, device, patients_file=None):
     """Trains on the split of the run, which is made if it is missing, then tests."""
-    sets = training_sets(data, split_of_run(data, run, config, patients_file), config, device)
+    sets = training_sets(data, run, config, device, patients_file)
     print(f"training on {len(sets[0])} pictures, validating on {len(sets[1])}, {count_weights(KneeNet(config.widths)):,} "
           f"weights, on {device}" + (f" with {torch.get_num_threads()} threads" if device.type == "cpu" else ""))
     train(*sets, config, run)
@@ -1056,21 +1081,18 @@ def command_train(data, run, config, device, patients_file=None):
     print(f"\nall of it is in {run}; next: python kneeoa.py plot --data {data} --run {run}")
 
 
-def tested_subset(checkpoint, xrays):
-    """("test", its pictures); but ("val", ...) where there is no test subset, or it is too early to look at it."""
-    finished = checkpoint["done"] == checkpoint["config"].epochs
-    subset = "test" if finished and any(x.subset == "test" for x in xrays) else "val"
-    return subset, [x for x in xrays if x.subset == subset]
-
-
 def command_test(data, run, device):
-    """Tests the best epoch: prints the figures, writes RUN/metrics.json and RUN/predictions.csv."""
+    """Tests the best epoch: prints the figures, writes RUN/metrics.json and RUN/predictions.csv. What is tested is the
+    test subset; but the validation subset where there is no other, or while the training is not finished. Returns the
+    checkpoint, the figures, and the tested pictures with the answers to them."""
     checkpoint, xrays = load_checkpoint(run / "best.pt", "epoch", "done"), read_split(data, run)
-    net = load_net(checkpoint, device)
-    subset, tested = tested_subset(checkpoint, xrays)
-    dataset = KneeFolder(data, tested, checkpoint["config"].size, device)
+    config, net = checkpoint["config"], load_net(checkpoint, device)
+    finished = checkpoint["done"] == config.epochs
+    subset = "test" if finished and any(x.subset == "test" for x in xrays) else "val"
+    tested = [x for x in xrays if x.subset == subset]
+    dataset = KneeFolder(data, tested, config.size, device)
     answers = probabilities(net, dataset.images).cpu()
-    true, predicted = dataset.grades.cpu().numpy(), grade_of(answers).numpy()
+    true, predicted = dataset.grades.cpu().numpy(), answers.argmax(1).numpy()
     confusion = confusion_matrix(true, predicted)
     figures, within = metrics(confusion), intervals(true, predicted, [x.patient for x in tested])
     usual = Counter(x.grade for x in xrays if x.subset == "train").most_common(1)[0][0]
@@ -1085,32 +1107,29 @@ def command_test(data, run, device):
     print(table(("", *(f"{g} {name}" for g, name in enumerate(GRADES))),
                 [("recall", *(f"{recall:.3f}" for recall in figures["recall"])), ("pictures", *confusion.sum(1))]))
 
-    plain = {name: None if np.isnan(figures[name]) else float(figures[name]) for name in FIGURES}
-    result = {"subset": subset, "n": len(tested), "epoch": checkpoint["epoch"], "parameters": count_weights(net), **plain,
-              "recall": [None if np.isnan(r) else float(r) for r in figures["recall"]], "confusion": confusion.tolist(),
-              "majority_accuracy": float(majority["accuracy"]), "intervals": within}
+    def plain(figure):  # JSON has no NaN
+        return None if np.isnan(figure) else float(figure)
+
+    result = {"subset": subset, "n": len(tested), "epoch": checkpoint["epoch"], "parameters": count_weights(net),
+              **{name: plain(figures[name]) for name in FIGURES}, "recall": [plain(r) for r in figures["recall"]],
+              "confusion": confusion.tolist(), "majority_accuracy": float(majority["accuracy"]), "intervals": within}
     save(run / "metrics.json", json.dumps(result, indent=1) + "\n")
     save_csv(run / "predictions.csv", ("path", "grade", "predicted", *(f"p{g}" for g in range(K))),
              [(x.path, x.grade, p, *(f"{a:.4f}" for a in answer)) for x, p, answer in zip(tested, predicted, answers.tolist())])
-    return result
+    return checkpoint, result, list(zip(tested, predicted.tolist()))
 
 
 def command_plot(data, run, device):
     """Draws RUN/report.png from what a run has left, also from one that is not finished."""
-    checkpoint, xrays = load_checkpoint(run / "best.pt", "epoch", "done"), read_split(data, run)
     history = load_checkpoint(run / "last.pt", "history")["history"]
-    result = command_test(data, run, device)
-    size = checkpoint["config"].size
-    _, tested = tested_subset(checkpoint, xrays)
-    with open(run / "predictions.csv", newline="", encoding="utf-8", errors="surrogateescape") as file:
-        answer = {row["path"]: int(row["predicted"]) for row in csv.DictReader(file)}
+    checkpoint, result, answered = command_test(data, run, device)
     shown = []  # for each grade the first picture answered right and the first answered wrong, as far as there are any
     for right, grade in itertools.product((True, False), range(K)):
-        shown.append(next((x for x in tested if x.grade == grade and (answer[x.path] == grade) == right), None))
-    dataset = KneeFolder(data, [x for x in shown if x], size, device)
+        shown.append(next(((x, p) for x, p in answered if x.grade == grade and (p == grade) == right), None))
+    dataset = KneeFolder(data, [pair[0] for pair in shown if pair], checkpoint["config"].size, device)
     heats, _ = heat_maps(load_net(checkpoint, device), dataset.images)
     pictures = iter(zip(dataset.images[:, 0].cpu().numpy(), heats.cpu().numpy(), dataset.grades.tolist()))
-    cells = [x and (*next(pictures), answer[x.path]) for x in shown]
+    cells = [pair and (*next(pictures), pair[1]) for pair in shown]
     draw_report(run / "report.png", run.name, history, checkpoint["epoch"], result, cells)
     print(f"\ndrawn: {run / 'report.png'}")
 
@@ -1121,7 +1140,7 @@ def command_predict(run, device, images, heatmap=None):
     net, size = load_net(checkpoint, device), checkpoint["config"].size
     pictures = torch.from_numpy(np.stack(in_threads(lambda path: read_xray(path, size), images, "decode")))[:, None].to(device)
     answers = probabilities(net, pictures)
-    grades = grade_of(answers).tolist()
+    grades = answers.argmax(1).tolist()
     print(table(("file", "grade", "name", *(f"p{g}" for g in range(K))), [
         (path, grade, GRADES[grade], *(f"{p:.3f}" for p in answer))
         for path, grade, answer in zip(images, grades, answers.tolist())]))
@@ -1133,19 +1152,16 @@ def command_predict(run, device, images, heatmap=None):
 def command_tune(data, run, grid, device, patients_file=None):
     """Trains every combination of a grid {setting: its values} and compares them on the validation subset alone. Each
     finished one is a row of RUN/tune.csv, which is not trained again when an interrupted search goes on."""
-    def row_of(config):
-        return tuple(text_of(getattr(config, f.name)) for f in fields(Config) if f.name != "device")
-
-    settings = {row_of(config): config for config in (Config(**dict(zip(grid, v))) for v in itertools.product(*grid.values()))}
-    names, figures = [f.name for f in fields(Config) if f.name != "device"], ("epoch", "val_loss", "val_accuracy", "val_kappa")
-    xrays = split_of_run(data, run, next(iter(settings.values())), patients_file)
-    done = {}
-    if (run / "tune.csv").exists():
-        with open(run / "tune.csv", newline="", encoding="utf-8") as file:
-            done = {tuple(row[n] for n in names): [row[f] for f in figures] for row in csv.DictReader(file)}
+    names = [f.name for f in fields(Config) if f.name != "device"]
+    figures = ("epoch", "val_loss", "val_accuracy", "val_kappa")
+    configs = [Config(**dict(zip(grid, values))) for values in itertools.product(*grid.values())]
+    settings = {tuple(text_of(getattr(config, name)) for name in names): config for config in configs}
+    there = read_csv(run / "tune.csv") if (run / "tune.csv").exists() else []
+    done = {tuple(row[n] for n in names): [row[f] for f in figures] for row in there}
     for row, config in tqdm(settings.items(), "tune", unit="setting"):
         if row not in done:
-            best = train(*training_sets(data, xrays, config, device), config, run / "tune" / "_".join(row), bars=False)
+            sets = training_sets(data, run, config, device, patients_file)
+            best = train(*sets, config, run / "tune" / "_".join(row), bars=False)
             done[row] = [f"{best['figures'][f]:.4g}" for f in figures]
             save_csv(run / "tune.csv", (*names, *figures), [key + tuple(value) for key, value in done.items()])
     ranked = sorted(settings, key=lambda row: -float(done[row][-1]))
