@@ -26,6 +26,7 @@ import json
 import math
 import os
 import re
+import shutil
 import sys
 import time
 import warnings
@@ -315,14 +316,17 @@ class KneeNet(nn.Module):
     def whole(halves, size):
         """The way back: (2N, 1, h, w) over the halves, of any resolution, to (N, 1, size, size) over the pictures."""
         top, bottom, half = round(BAND[0] * size), round(BAND[1] * size), round(HALF * size)
-        left, right = F.interpolate(halves, (bottom - top, half), mode="bilinear").chunk(2)
+        overlap = 2 * half - size
+        fade = torch.ones(half, device=halves.device)
+        fade[half - overlap :] = torch.linspace(1, 0, overlap, device=halves.device)  # from one half into the other
+        left, right = (F.interpolate(halves, (bottom - top, half), mode="bilinear") * fade).chunk(2)
         canvas = left.new_zeros(len(left), 1, size, size)
-        canvas[:, :, top:bottom, :half] = left
-        canvas[:, :, top:bottom, -half:] = torch.maximum(canvas[:, :, top:bottom, -half:], right.flip(3))
+        canvas[:, :, top:bottom, :half] += left
+        canvas[:, :, top:bottom, -half:] += right.flip(3)
         return canvas
 
     def head(self, maps):
-        """Feature maps (2N, C, h, w) to logits (N, 5)."""
+        """Feature maps (2N, C, H, W) to logits (N, 5)."""
         left, right = maps.float().mean((2, 3)).chunk(2)  # global average pooling: twice (N, C)
         pair = torch.cat((left + right, (left - right).abs()), 1)  # (N, 2C), the same for a picture and its mirror image
         return self.grade(self.dropout(pair))
@@ -350,7 +354,7 @@ def standardize(images):
     """
     images = images.float()
     size = images.shape[-1]
-    cell = max(1, size // 28)  # 8 of 224 pixels
+    cell = max(1, size // 56)  # 4 of 224 pixels
 
     def around(x):  # the mean over 3 x 3 cells; averaging whole cells is 10 times as fast as a window for each pixel
         return F.avg_pool2d(F.avg_pool2d(x, cell, ceil_mode=True), 3, stride=1, padding=1, count_include_pad=False)
@@ -487,7 +491,8 @@ def train(train_set, val_set, config, run, bars=True):
         with tqdm(total=steps, desc=title, bar_format=BAR, mininterval=0.3, disable=not bars) as bar:
             for step, index in enumerate(shuffled[: steps * batch].split(batch), 1):
                 images, grades = train_set[index]  # uint8 (B, 1, S, S), int64 (B,)
-                images = standardize(augment(images, chance, config.augment))  # float (B, 1, S, S)
+                # In portions of 16, which stay in the processor's cache: twice as fast as the batch in one piece.
+                images = torch.cat([standardize(augment(part, chance, config.augment)) for part in images.split(16)])
                 with half_precision(device):
                     logits = net(images).float()  # (B, 5)
                 loss = loss_of(logits, grades, shares, config)
@@ -831,6 +836,10 @@ def new_figure(width, height):
     return pyplot.figure(figsize=(width, height), layout="constrained", dpi=110)
 
 
+def shortened(name):
+    return name if len(name) <= 40 else name[:19] + "..." + name[-18:]
+
+
 def show_xray(axes, image, heat, title):
     """An X-ray (S, S) and, if given, over it in colour its heat (S, S)."""
     axes.imshow(image, cmap="gray", vmin=0, vmax=255)
@@ -854,12 +863,12 @@ def draw_report(path, name, history, chosen, result, cells):
     figure = new_figure(13, 8.4)
     top, bottom = figure.subfigures(2, 1, height_ratios=(1.3, 1))
     curves, table = top.subfigures(1, 2, width_ratios=(2, 1.1))
-    figure.suptitle(f"{name}: {result['subset']} subset, {result['n']} pictures, accuracy {result['accuracy']:.3f}, "
+    figure.suptitle(f"{shortened(name)}: {result['subset']} subset, {result['n']} pictures, accuracy {result['accuracy']:.3f}, "
                     f"balanced {result['balanced_accuracy']:.3f}, kappa {result['kappa']:.3f}, MAE {result['mae']:.3f}")
-    epochs = history["epoch"]
+    epochs, dot = history["epoch"], 3 if len(history["epoch"]) <= 50 else 0  # more dots would run into one another
     for axes, quantity, unit in zip(curves.subplots(1, 2), ("loss", "accuracy"), ("cross-entropy, nats", "share right")):
-        axes.plot(epochs, history[f"train_{quantity}"], "o-", color="#0072b2", ms=3, label="training (augmented)")
-        axes.plot(epochs, history[f"val_{quantity}"], "s--", color="#d55e00", ms=3, label="validation")
+        axes.plot(epochs, history[f"train_{quantity}"], "o-", color="#0072b2", ms=dot, label="training (augmented)")
+        axes.plot(epochs, history[f"val_{quantity}"], "s--", color="#d55e00", ms=dot, label="validation")
         axes.axvline(chosen, color="0.4", ls=":", label=f"chosen: epoch {chosen}")
         axes.set(xlabel="epoch", ylabel=f"{quantity} ({unit})")
         axes.set_xlim(0.5, len(epochs) + 0.5)
@@ -872,13 +881,14 @@ def draw_report(path, name, history, chosen, result, cells):
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     for true, predicted in itertools.product(range(K), repeat=2):
         axes.text(predicted, true, f"{counts[true, predicted]}\n{shares[true, predicted]:.0%}", ha="center", va="center",
-                  fontsize=9, color="white" if shares[true, predicted] > 0.5 else "black")
+                  fontsize=9, color="white" if shares[true, predicted] > 0.6 else "black")
     axes.set(xlabel="predicted grade", ylabel="true grade", title=f"{result['subset']}: pictures, share of the row")
     grid = bottom.subplots(2, 10, squeeze=False)
     for i, axes in enumerate(grid.flat):  # the upper row answered right, the lower one wrong
         cell = cells[i // 2]
+        axes.axis("off")
         if cell is None:
-            axes.axis("off")
+            axes.set_title("" if i % 2 else f"true {i // 2 % K}: none", fontsize=9)
             continue
         image, heat, true, predicted = cell
         show_xray(axes, image, heat if i % 2 else None, f"predicted {predicted}" if i % 2 else f"true {true}")
@@ -888,12 +898,17 @@ def draw_report(path, name, history, chosen, result, cells):
 
 
 def draw_heat_maps(path, images, heats, grades, names):
-    """Each picture (N, 1, S, S) beside its heat map (N, S, S), one to a row, under its name and predicted grade."""
-    figure = new_figure(6.4, 3.3 * len(images))
-    rows = figure.subplots(len(images), 2, squeeze=False)
-    for (left, right), image, heat, grade, name in zip(rows, images, heats, grades, names):
-        show_xray(left, image[0].cpu().numpy(), None, Path(name).name)
-        show_xray(right, image[0].cpu().numpy(), heat.cpu().numpy(), f"predicted {grade} ({GRADES[grade]})")
+    """Each picture (N, 1, S, S) beside its heat map (N, S, S), under its name and predicted grade, up to three in a row."""
+    if len(images) > 300:
+        raise KneeError(f"--heatmap: {len(images)} pictures are too many for one sheet, name at most 300")
+    across = min(3, len(images))
+    figure = new_figure(6.4 * across, 3.3 * math.ceil(len(images) / across))
+    axes = figure.subplots(math.ceil(len(images) / across), 2 * across, squeeze=False).flat
+    for image, heat, grade, name in zip(images, heats, grades, names):
+        show_xray(next(axes), image[0].cpu().numpy(), None, shortened(Path(name).name))
+        show_xray(next(axes), image[0].cpu().numpy(), heat.cpu().numpy(), f"predicted {grade} ({GRADES[grade]})")
+    for empty in axes:
+        empty.axis("off")
     save_figure(path, figure)
 
 
@@ -996,6 +1011,7 @@ def make_phantoms(folder, count=1000, seed=0):
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise KneeError(f"{folder}: is there already, remove it or name another folder with --data")
     beside = folder.with_name(folder.name + ".part")  # renamed at the end: a half-drawn set is never taken for a whole one
+    shutil.rmtree(beside, ignore_errors=True)  # what a drawing that was stopped has left
     for grade in range(5):
         (beside / str(grade)).mkdir(parents=True, exist_ok=True)
 

@@ -271,6 +271,13 @@ def test_a_knee_and_its_mirror_image_get_the_same_answer():
     assert torch.allclose(net(images), net(images.flip(3)), atol=1e-5)
 
 
+def test_heat_on_the_halves_comes_back_to_its_place_in_the_picture():
+    picture = torch.zeros(2, 1, 112, 112)
+    picture[0, 0, 60, 10] = picture[1, 0, 60, 56] = picture[1, 0, 60, 100] = 1.0  # at the left; in the overlap; at the right
+    back = KneeNet.whole(KneeNet.halves(picture), 112)
+    assert torch.allclose(back, picture, atol=1e-5)
+
+
 def test_standardize_takes_exposure_out():
     images = torch.rand(3, 1, 64, 64) * 100 + 50
     slope = torch.linspace(0, 60, 64)  # brighter to the right
