@@ -82,7 +82,7 @@ class Config:
     dropout: float = setting(0.3, 0.0, 0.95, "share of the features hidden from the last layer in training")
     widths: tuple = setting((32, 64, 128, 256), 4, 1024, "channels of each stage, with commas: 32,64,128,256")
     softness: float = setting(0.5, 0.0, 10.0, "how far a target leaks to the neighbouring grades, 0: not at all")
-    balance: float = setting(0.5, 0.0, 1.0, "answer as if grades were 0: as frequent as they are, 1: equally frequent")
+    balance: float = setting(0.2, 0.0, 1.0, "answer as if grades were 0: as frequent as they are, 1: equally frequent")
     augment: float = setting(1.0, 0.0, 3.0, "strength of the random changes to training pictures, 0: none")
     seed: int = setting(0, 0, 2**31 - 1, "chooses split, first weights, order and random changes")
     device: str = setting("auto", None, None, "auto (CUDA, else Apple's MPS, else CPU), cpu, cuda, cuda:1, mps")
