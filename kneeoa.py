@@ -63,7 +63,8 @@ class KneeError(Exception):
 
 # ------------------------------------------------------------------------------------------------------------ settings
 # What changes from run to run stands here and nowhere else. The command line is made from these fields and each
-# checkpoint stores them, so a result can always be traced to the settings that made it.
+# checkpoint stores them, so a result can always be traced to the settings that made it. Why the defaults are what they are,
+# and what other values cost, is measured in README.md under "What paid and what did not".
 
 
 def setting(default, low, high, meaning):
@@ -349,12 +350,12 @@ def standardize(images):
     normalization (Jarrett et al., 2009): each pixel less the mean around it, divided by the deviation around it.
 
     An X-ray is bright where the knee is thick and dark at its sides; a spur at the margin is a faint grey on black. With
-    the mean of a tenth of the width taken out, the exposure is gone and all edges are about equally strong. On Chen's set
-    it raised the validation kappa from .78 to .84 (one seed): see README.md.
+    the mean of the nearest pixels taken out, the exposure is gone and all edges are about equally strong. How near is
+    what mattered most of all that was tried on Chen's set: see "What paid" in README.md.
     """
     images = images.float()
     size = images.shape[-1]
-    cell = max(1, size // 56)  # 4 of 224 pixels
+    cell = max(1, size // 56)  # 4 of 224 pixels, so that "around" is 12 pixels, about the width of a joint space
 
     def around(x):  # the mean over 3 x 3 cells; averaging whole cells is 10 times as fast as a window for each pixel
         return F.avg_pool2d(F.avg_pool2d(x, cell, ceil_mode=True), 3, stride=1, padding=1, count_include_pad=False)
@@ -419,6 +420,7 @@ def loss_of(logits, grades, shares, config):
     Four knees in ten are of grade 0, so a network in doubt between 0 and 1 is right most often if it never says 1. In the
     loss, and there alone, each logit is raised by how frequent its grade is: what the frequency explains need not be
     learned, and the bare logits answer as if the grades were more alike in number, with a balance of 1 equally frequent.
+    More of it finds more of grade 1, and calls more knees of grade 0 diseased: README.md has the figures.
     """
     targets = soft_targets(config.softness, logits.device)[grades]  # (N, 5)
     return F.cross_entropy(logits + config.balance * shares.log(), targets)
