@@ -354,7 +354,9 @@ def standardize(images):
     the mean of the nearest pixels taken out, the exposure is gone and all edges are about equally strong. How near is
     what mattered most of all that was tried on Chen's set: see "What paid" in README.md.
     """
-    images = images.float()
+    # The batch as one picture of N channels, (1, N, S, S), which lie side by side in memory: pooling and interpolation then
+    # take the same pixel of many pictures at once, and all of this is done in two thirds of the time.
+    images = images.float().transpose(0, 1).contiguous(memory_format=torch.channels_last)
     size = images.shape[-1]
     cell = max(1, size // 56)  # 4 of 224 pixels, so that "around" is 12 pixels
 
@@ -368,7 +370,8 @@ def standardize(images):
     variance = around(detail.square())
     # Half of the deviation is that of the whole picture, so that an even background does not turn into loud noise; and 1
     # of the 255 greys is added, so that an even picture comes out as 0.
-    return detail / spread(0.5 * variance.sqrt() + 0.5 * variance.mean((2, 3), keepdim=True).sqrt() + 1)
+    detail = detail / spread(0.5 * variance.sqrt() + 0.5 * variance.mean((2, 3), keepdim=True).sqrt() + 1)
+    return detail.transpose(0, 1).contiguous()  # (N, 1, S, S)
 
 
 def augment(images, generator, strength=1.0):
