@@ -286,6 +286,19 @@ def test_standardize_takes_exposure_out():
     assert kneeoa.standardize(torch.full((1, 1, 64, 64), 9, dtype=torch.uint8)).abs().max() == 0
 
 
+def test_standardize_is_local_contrast_of_each_picture_by_itself():
+    images = torch.randint(0, 256, (3, 1, 64, 64), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+
+    def around(x):  # at 64 pixels a cell is one pixel, so "around" is 3 x 3 of them, fewer at the margin
+        windows = np.lib.stride_tricks.sliding_window_view(np.pad(x, 1, constant_values=np.nan), (3, 3))
+        return np.nanmean(windows, (2, 3))
+
+    for image, got in zip(images[:, 0].numpy().astype(float), kneeoa.standardize(images)[:, 0].numpy()):
+        detail = image - around(image)
+        variance = around(detail**2)
+        assert np.allclose(got, detail / (0.5 * variance**0.5 + 0.5 * variance.mean() ** 0.5 + 1), atol=1e-5)
+
+
 def test_the_answer_to_a_picture_is_the_mean_over_its_views():
     net, images = KneeNet((8, 16)).eval(), torch.randint(0, 256, (3, 1, 64, 64), dtype=torch.uint8)
     torch.nn.init.normal_(net.grade.weight)
