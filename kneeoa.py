@@ -77,7 +77,7 @@ class Config:
     """The settings of a run, checked as they are set. Raises KneeError where a value is out of its range."""
 
     size: int = setting(224, 64, 1024, "side of the square pictures, in pixels")
-    batch: int = setting(64, 2, 4096, "pictures per step of the optimizer")
+    batch: int = setting(64, 2, 4096, "pictures per step of the optimizer at most, small sets take fewer")
     epochs: int = setting(24, 1, 10_000, "passes over the training subset")
     lr: float = setting(2e-3, 1e-6, 1.0, "highest learning rate of the schedule")
     weight_decay: float = setting(0.02, 0.0, 1.0, "share of each weight that a step at rate 1 would take away")
@@ -457,6 +457,12 @@ def evaluate(net, dataset, shares, config):
     return loss_of(answers.clamp(min=1e-9).log(), dataset.grades, shares, config).item(), answers
 
 
+def batch_for(n, config):
+    """Pictures per step where n are trained on. Few pictures make few steps, and a network that was hardly moved has
+    hardly learned; so where the largest batch would leave an epoch with less than 50 steps, the batch shrinks, down to 16."""
+    return min(config.batch, max(16, n // 50), n)
+
+
 def train(train_set, val_set, config, run, bars=True):
     """Trains a network, writing last.pt, best.pt and history.csv into the folder `run` after each epoch, and goes on
     where last.pt stands if it is there. Returns the checkpoint of the best epoch: the one with the highest quadratic
@@ -472,7 +478,7 @@ def train(train_set, val_set, config, run, bars=True):
     # Weight decay beside the step and not in its gradient: Adam would scale it away (Loshchilov and Hutter, 2019).
     adam = torch.optim.Adam(net.parameters(), config.lr, weight_decay=config.weight_decay, decoupled_weight_decay=True,
                             fused=True)
-    batch = min(config.batch, len(train_set))
+    batch = batch_for(len(train_set), config)
     steps = len(train_set) // batch  # an epoch leaves out the last, incomplete batch, other pictures each time
     schedule = torch.optim.lr_scheduler.LambdaLR(adam, lambda step: rate((step + 1) / (steps * config.epochs + 1)))
     # What is validated, kept and tested is a running average of the weights over about the last twentieth of all steps
@@ -1096,8 +1102,9 @@ def training_sets(data, run, config, device, patients_file):
 def command_train(data, run, config, device, patients_file=None):
     """Trains on the split of the run, which is made if it is missing, then tests."""
     sets = training_sets(data, run, config, device, patients_file)
-    print(f"training on {len(sets[0])} pictures, validating on {len(sets[1])}, {count_weights(KneeNet(config.widths)):,} "
-          f"weights, on {device}" + (f" with {torch.get_num_threads()} threads" if device.type == "cpu" else ""))
+    n, device_text = len(sets[0]), f"{device} with {torch.get_num_threads()} threads" if device.type == "cpu" else str(device)
+    print(f"training on {n} pictures in batches of {batch_for(n, config)}, validating on {len(sets[1])}, "
+          f"{count_weights(KneeNet(config.widths)):,} weights, on {device_text}")
     train(*sets, config, run)
     command_test(data, run, device)
     print(f"\nall of it is in {run}; next: python kneeoa.py plot --data {data} --run {run}")

@@ -347,7 +347,7 @@ def test_augmentation_moves_pictures_as_torch_does(monkeypatch):
 
 
 def test_only_training_pictures_are_augmented_and_each_epoch_trains_in_train_mode(phantoms, tmp_path, monkeypatch):
-    config = Config(size=64, widths=(8, 16), epochs=3, batch=16)
+    config = Config(size=64, widths=(8, 16), epochs=3)
     dataset = KneeFolder(phantoms, size=64)
     augmented, modes = [], []
     augment, forward = kneeoa.augment, KneeNet.forward
@@ -355,12 +355,18 @@ def test_only_training_pictures_are_augmented_and_each_epoch_trains_in_train_mod
     monkeypatch.setattr(KneeNet, "forward", lambda net, x: modes.append((net.training, len(x))) or forward(net, x))
     before = dataset.images.clone()
     kneeoa.train(dataset, dataset, config, tmp_path)
-    assert augmented == [16] * 5 * 3  # 90 pictures are five whole batches of 16
+    assert augmented == [16] * 5 * 3  # 90 pictures are five whole batches of 16, the fewest by default
     assert modes == ([(True, 16)] * 5 + [(False, 90)]) * 3
     assert torch.equal(dataset.images, before)
 
 
 # --------------------------------------------------------------------------------------------------------------- training
+
+
+def test_small_sets_take_smaller_batches_so_that_an_epoch_has_steps_enough():
+    sizes = {n: kneeoa.batch_for(n, Config(batch=64)) for n in (10, 60, 800, 1646, 4908)}
+    assert sizes == {10: 10, 60: 16, 800: 16, 1646: 32, 4908: 64}
+    assert kneeoa.batch_for(800, Config(batch=8)) == 8  # a setting is never exceeded
 
 
 def test_a_tiny_set_is_learned_by_heart(phantoms, tmp_path):
