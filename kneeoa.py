@@ -314,19 +314,6 @@ class KneeNet(nn.Module):
         half = round(HALF * size)
         return torch.cat((x[..., :half], x.flip(3)[..., :half])).contiguous(memory_format=torch.channels_last)
 
-    @staticmethod
-    def whole(halves, size):
-        """The way back: (2N, 1, h, w) over the halves, of any resolution, to (N, 1, size, size) over the pictures."""
-        top, bottom, half = round(BAND[0] * size), round(BAND[1] * size), round(HALF * size)
-        overlap = 2 * half - size
-        fade = torch.ones(half, device=halves.device)
-        fade[half - overlap :] = torch.linspace(1, 0, overlap, device=halves.device)  # from one half into the other
-        left, right = (F.interpolate(halves, (bottom - top, half), mode="bilinear") * fade).chunk(2)
-        canvas = left.new_zeros(len(left), 1, size, size)
-        canvas[:, :, top:bottom, :half] += left
-        canvas[:, :, top:bottom, -half:] += right.flip(3)
-        return canvas
-
     def head(self, maps):
         """Feature maps (2N, C, H, W) to logits (N, 5)."""
         left, right = maps.float().mean((2, 3)).chunk(2)  # global average pooling: twice (N, C)
@@ -828,6 +815,19 @@ def half_precision(device):
 # joint, and where it is a screw or a letter at the margin, the network has learned something else.
 
 
+def join_halves(halves, size):
+    """`KneeNet.halves` undone: (2N, 1, h, w) over the halves, of any resolution, to (N, 1, size, size) over the pictures."""
+    top, bottom, half = round(BAND[0] * size), round(BAND[1] * size), round(HALF * size)
+    overlap = 2 * half - size
+    fade = torch.ones(half, device=halves.device)
+    fade[half - overlap :] = torch.linspace(1, 0, overlap, device=halves.device)  # from one half into the other
+    left, right = (F.interpolate(halves, (bottom - top, half), mode="bilinear") * fade).chunk(2)
+    canvas = left.new_zeros(len(left), 1, size, size)
+    canvas[:, :, top:bottom, :half] += left
+    canvas[:, :, top:bottom, -half:] += right.flip(3)
+    return canvas
+
+
 def heat_maps(net, images):
     """Grad-CAM (Selvaraju et al., 2017) of pictures uint8 (N, 1, S, S): heat (N, S, S) from 0 to 1 and probabilities
     (N, 5). Each channel of the last feature maps counts as much as the predicted grade's logit would rise with it."""
@@ -836,7 +836,7 @@ def heat_maps(net, images):
     logits = net.head(maps)
     slopes = torch.autograd.grad(logits.amax(1).sum(), maps)[0].mean((2, 3), keepdim=True)  # (2N, C, 1, 1)
     heat = F.relu((slopes * maps).sum(1, keepdim=True)).detach()  # (2N, 1, H, W)
-    whole = KneeNet.whole(heat, images.shape[-1])[:, 0]  # (N, S, S)
+    whole = join_halves(heat, images.shape[-1])[:, 0]  # (N, S, S)
     return whole / whole.amax((1, 2), keepdim=True).clamp(min=1e-9), logits.detach().softmax(1)
 
 

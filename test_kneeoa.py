@@ -274,7 +274,7 @@ def test_a_knee_and_its_mirror_image_get_the_same_answer():
 def test_heat_on_the_halves_comes_back_to_its_place_in_the_picture():
     picture = torch.zeros(2, 1, 112, 112)
     picture[0, 0, 60, 10] = picture[1, 0, 60, 56] = picture[1, 0, 60, 100] = 1.0  # at the left; in the overlap; at the right
-    back = KneeNet.whole(KneeNet.halves(picture), 112)
+    back = kneeoa.join_halves(KneeNet.halves(picture), 112)
     assert torch.allclose(back, picture, atol=1e-5)
 
 
