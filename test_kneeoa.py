@@ -302,14 +302,19 @@ def test_standardize_is_local_contrast_of_each_picture_by_itself():
 def test_the_answer_to_a_picture_is_the_mean_over_its_views():
     net, images = KneeNet((8, 16)).eval(), torch.randint(0, 256, (3, 1, 64, 64), dtype=torch.uint8)
     torch.nn.init.normal_(net.grade.weight)
-    views = [kneeoa.probabilities(net, images, (zoom,)) for zoom in kneeoa.ZOOMS]
+    views = [kneeoa.probabilities(net, images, [view]) for view in kneeoa.VIEWS]
     assert torch.allclose(kneeoa.probabilities(net, images), sum(views) / len(views), atol=1e-6)
-    assert not torch.allclose(views[0], views[-1], atol=1e-4)
-    whole = kneeoa.zoomed(images, 1.0)
-    assert torch.allclose(whole, images.float(), atol=1e-2)
-    disc = torch.zeros(1, 1, 64, 64)
-    disc[..., 16:48, 16:48] = 1  # 32 pixels wide, enlarged to 40
-    assert kneeoa.zoomed(disc, 1.25)[0, 0, 32].sum().item() == pytest.approx(40, abs=0.5)
+    assert all(not torch.allclose(views[0], view, atol=1e-4) for view in views[1:])
+
+
+def test_a_view_enlarges_about_the_middle_and_shifts_right_and_down():
+    picture = torch.zeros(1, 1, 64, 64)
+    picture[..., 16:48, 16:48] = 255  # 32 pixels wide
+    assert torch.allclose(kneeoa.moved(picture, *kneeoa.AS_IT_IS), picture, atol=1e-2)
+    enlarged = kneeoa.moved(picture, 1.25, 0, 0)[0, 0] / 255
+    assert enlarged[32].sum().item() == pytest.approx(40, abs=0.5) and torch.allclose(enlarged, enlarged.flip(0, 1), atol=1e-2)
+    shifted = kneeoa.moved(picture, 1, 4 / 64, 8 / 64)
+    assert torch.allclose(shifted, picture.roll((8, 4), (2, 3)), atol=1e-2)
 
 
 # ----------------------------------------------------------------------------------------------------------- augmentation
@@ -580,7 +585,7 @@ def test_the_heat_of_a_trained_network_lies_at_the_joint(phantoms, tmp_path):
     net = kneeoa.load_net(kneeoa.train(dataset, dataset, config, tmp_path), torch.device("cpu"))
     heats, answers = kneeoa.heat_maps(net, dataset.images)
     assert heats.shape == (90, 128, 128) and heats.min() >= 0 and heats.amax((1, 2)).max() == pytest.approx(1)
-    assert torch.allclose(answers, kneeoa.probabilities(net, dataset.images, zooms=(1.0,)), atol=0.05)  # but for bfloat16
+    assert torch.allclose(answers, kneeoa.probabilities(net, dataset.images, [kneeoa.AS_IT_IS]), atol=0.05)  # but for bfloat16
     band = slice(54, 84)  # phantoms have their joint near row 0.54 of the height; the band is a quarter of the picture
     share = (heats[:, band].sum() / heats.sum()).item()
     assert share > 0.5, share
