@@ -54,11 +54,6 @@ HALF = 4 / 7  # the width of each of its two halves, as a share of the picture's
 
 K = len(GRADES)
 SUBSETS = {"train": 0.70, "val": 0.15, "test": 0.15}  # share of the pictures
-# The views of a picture, of which the mean answer counts when it is graded: (zoom, shift right, shift down), shifts as shares
-# of the side. As it is, a little farther, a little nearer, and a little to each corner.
-AS_IT_IS = (1.0, 0.0, 0.0)
-VIEWS = (AS_IT_IS, (0.95, 0.0, 0.0), (1.05, 0.0, 0.0),
-         (1.0, -0.025, -0.025), (1.0, 0.025, -0.025), (1.0, -0.025, 0.025), (1.0, 0.025, 0.025))
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff"}
 
 
@@ -421,6 +416,13 @@ def loss_of(logits, grades, shares, config):
     return F.cross_entropy(logits + config.balance * shares.log(), targets)
 
 
+# The views of a picture that is graded: (zoom, shift to the right, shift down), the shifts as shares of its side. As it is, a
+# little farther, a little nearer, and a little to each corner.
+AS_IT_IS = (1.0, 0.0, 0.0)
+VIEWS = (AS_IT_IS, (0.95, 0.0, 0.0), (1.05, 0.0, 0.0),
+         (1.0, -0.025, -0.025), (1.0, 0.025, -0.025), (1.0, -0.025, 0.025), (1.0, 0.025, 0.025))
+
+
 def moved(images, zoom, right, down):
     """Pictures (N, 1, S, S) enlarged about their middle and shifted by shares of their side, to the same size; where the
     view leaves the picture, its margin is repeated."""
@@ -450,8 +452,9 @@ def evaluate(net, dataset, shares, config):
 
 
 def batch_for(n, config):
-    """Pictures per step where n are trained on. Few pictures make few steps, and a network that was hardly moved has
-    hardly learned; so where the largest batch would leave an epoch with less than 50 steps, the batch shrinks, down to 16."""
+    """Pictures per step where n are trained on: where the largest batch would leave an epoch with less than 50 steps, it
+    shrinks, down to 16. Many small steps learn more from few pictures than few large ones, and than more epochs, which
+    learn them by heart: see "What paid" in README.md."""
     return min(config.batch, max(16, n // 50), n)
 
 
@@ -1107,9 +1110,9 @@ def training_sets(data, run, config, device, patients_file):
 def command_train(data, run, config, device, patients_file=None):
     """Trains on the split of the run, which is made if it is missing, then tests."""
     sets = training_sets(data, run, config, device, patients_file)
-    n, device_text = len(sets[0]), f"{device} with {torch.get_num_threads()} threads" if device.type == "cpu" else str(device)
+    n, threads = len(sets[0]), f" with {torch.get_num_threads()} threads" if device.type == "cpu" else ""
     print(f"training on {n} pictures in batches of {batch_for(n, config)}, validating on {len(sets[1])}, "
-          f"{count_weights(KneeNet(config.widths)):,} weights, on {device_text}")
+          f"{count_weights(KneeNet(config.widths)):,} weights, on {device}{threads}")
     train(*sets, config, run)
     command_test(data, run, device)
     print(f"\nall of it is in {run}; next: python kneeoa.py plot --data {data} --run {run}")
