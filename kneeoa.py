@@ -360,26 +360,36 @@ def standardize(images):
     return detail.transpose(0, 1).contiguous()  # (N, 1, S, S)
 
 
+def resample(images, matrices):
+    """Pictures (N, 1, S, S) to float pictures of the same shape: a pixel at (x, y) takes what is at matrix @ (x, y, 1) in
+    the old picture, both counted from -1 to 1 over its side; past the margin, the margin is repeated. `matrices` is
+    (N, 2, 3), or (1, 2, 3) for one that is the same for all. F.affine_grid does half of this, ten times as slowly.
+    """
+    n, size = len(matrices), images.shape[-1]
+    centre = (torch.arange(size, device=images.device) + 0.5) * 2 / size - 1  # of each pixel, from left to right
+    along, down = matrices[:, :, :1] * centre + matrices[:, :, 2:], matrices[:, :, 1:2] * centre  # (N, 2, S) both
+    look = torch.empty(n, size, size, 2, device=images.device)  # the place in the old picture, for each pixel of the new one
+    for i in (0, 1):  # x and y
+        look[..., i] = along[:, i, None, :] + down[:, i, :, None]
+    last = 1 - 1 / size  # the middle of the outermost pixel; padding_mode="border" does the same, but not on every device
+    look = look.clamp_(-last, last).expand(len(images), -1, -1, -1)
+    return F.grid_sample(images.float(), look, align_corners=False)
+
+
 def augment(images, generator, strength=1.0):
     """uint8 (N, 1, S, S) to float (N, 1, S, S): each mirrored or not, turned by up to 17 degrees, its scale changed by up
     to 17 %, its proportions and its place by up to 8 %; all times `strength`.
 
     The random numbers come from `generator`, which is on the CPU and so draws the same for every device.
     """
-    n, size = len(images), images.shape[-1]
-    turn, zoom, stretch, right, down, mirror = torch.rand(6, n, 1, generator=generator).to(images.device) * 2 - 1
+    turn, zoom, stretch, right, down, mirror = torch.rand(6, len(images), generator=generator).to(images.device) * 2 - 1
     turn = math.radians(17) * strength * turn
     right, down = 0.17 * strength * right, 0.17 * strength * down  # from -1 to 1 is the whole width, so 0.17 is 8.5 % of it
     high = torch.exp(0.17 * strength * zoom)
     wide = torch.exp(0.085 * strength * stretch) * high
-    # Where to look in the old picture for each pixel of the new one, as x and y from -1 to 1. F.affine_grid does the same,
-    # ten times as slowly.
-    centre = (torch.arange(size, device=images.device) + 0.5) * 2 / size - 1
-    look = torch.empty(n, size, size, 2, device=images.device)
     flip = mirror.sign()
-    look[..., 0] = (flip * wide * turn.cos() * centre + right)[:, None, :] - (wide * turn.sin() * centre)[:, :, None]
-    look[..., 1] = (flip * high * turn.sin() * centre + down)[:, None, :] + (high * turn.cos() * centre)[:, :, None]
-    return F.grid_sample(images.float(), look, padding_mode="border", align_corners=False)
+    matrices = torch.stack((flip * wide * turn.cos(), -wide * turn.sin(), right, flip * high * turn.sin(), high * turn.cos(), down), 1)
+    return resample(images, matrices.view(-1, 2, 3))
 
 
 # ------------------------------------------------------------------------------------------------------------ training
@@ -427,8 +437,7 @@ def moved(images, zoom, right, down):
     """Pictures (N, 1, S, S) enlarged about their middle and shifted by shares of their side, to the same size; where the
     view leaves the picture, its margin is repeated."""
     matrix = torch.tensor([[[1 / zoom, 0, -2 * right / zoom], [0, 1 / zoom, -2 * down / zoom]]], device=images.device)
-    grid = F.affine_grid(matrix, (1, *images.shape[1:]), align_corners=False)  # one for all of them: it takes the most time
-    return F.grid_sample(images.float(), grid.expand(len(images), -1, -1, -1), padding_mode="border", align_corners=False)
+    return resample(images, matrix)
 
 
 @torch.no_grad()

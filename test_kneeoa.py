@@ -335,16 +335,20 @@ def test_augmentation_of_strength_0_leaves_or_mirrors_the_picture():
     assert all(a or b for a, b in zip(straight, mirrored)) and any(straight) and any(mirrored)
 
 
-def test_augmentation_moves_pictures_as_torch_does(monkeypatch):
-    """The grid that augment works out is one that F.affine_grid makes of some turn, scale and shift within the bounds."""
-    grids, sample = [], kneeoa.F.grid_sample
-    monkeypatch.setattr(kneeoa.F, "grid_sample", lambda x, grid, **more: grids.append(grid) or sample(x, grid, **more))
+def test_pictures_are_resampled_as_torch_does():
+    images, draw = torch.randint(0, 256, (50, 1, 64, 64), dtype=torch.uint8), torch.Generator().manual_seed(0)
+    matrices = torch.eye(2, 3) + 0.4 * torch.randn(50, 2, 3, generator=draw)  # far past the margins, too
+    for each in (matrices, matrices[:1]):
+        grid = torch.nn.functional.affine_grid(each.expand(50, 2, 3), (50, 1, 64, 64), align_corners=False)
+        by_torch = torch.nn.functional.grid_sample(images.float(), grid, padding_mode="border", align_corners=False)
+        assert torch.allclose(kneeoa.resample(images, each), by_torch, atol=0.05)
+
+
+def test_augmentation_turns_scales_shifts_and_mirrors_within_its_bounds(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(kneeoa, "resample", lambda images, matrices: drawn.append(matrices))
     kneeoa.augment(torch.zeros(50, 1, 64, 64, dtype=torch.uint8), torch.Generator().manual_seed(0))
-    plain = torch.nn.functional.affine_grid(torch.eye(2, 3)[None], (1, 1, 64, 64), align_corners=False).reshape(-1, 2)
-    ones = torch.cat((plain, torch.ones(len(plain), 1)), 1)  # (S S, 3)
-    matrices = torch.linalg.lstsq(ones.expand(50, -1, -1), grids[0].reshape(50, -1, 2)).solution.transpose(1, 2)  # (50, 2, 3)
-    again = torch.nn.functional.affine_grid(matrices, (50, 1, 64, 64), align_corners=False)
-    assert torch.allclose(again, grids[0], atol=1e-5)
+    matrices = drawn[0]  # (50, 2, 3)
     turned = torch.atan2(-matrices[:, 0, 1], matrices[:, 1, 1]).rad2deg()
     scale = matrices[:, :, :2].det().abs().sqrt()
     assert 13 < turned.abs().max() < 19 and matrices[:, :, 2].abs().max() <= 0.17 and 0.8 < scale.min() < scale.max() < 1.25
