@@ -371,7 +371,7 @@ def resample(images, matrices):
     look = torch.empty(n, size, size, 2, device=images.device)  # the place in the old picture, for each pixel of the new one
     for i in (0, 1):  # x and y
         look[..., i] = along[:, i, None, :] + down[:, i, :, None]
-    last = 1 - 1 / size  # the middle of the outermost pixel; padding_mode="border" does the same, but not on every device
+    last = 1 - 1 / size  # the middle of the outermost pixel; padding_mode="border" does the same, where a device has it
     look = look.clamp_(-last, last).expand(len(images), -1, -1, -1)
     return F.grid_sample(images.float(), look, align_corners=False)
 
@@ -388,7 +388,8 @@ def augment(images, generator, strength=1.0):
     high = torch.exp(0.17 * strength * zoom)
     wide = torch.exp(0.085 * strength * stretch) * high
     flip = mirror.sign()
-    matrices = torch.stack((flip * wide * turn.cos(), -wide * turn.sin(), right, flip * high * turn.sin(), high * turn.cos(), down), 1)
+    matrices = torch.stack((flip * wide * turn.cos(), -wide * turn.sin(), right,
+                            flip * high * turn.sin(), high * turn.cos(), down), 1)
     return resample(images, matrices.view(-1, 2, 3))
 
 
