@@ -336,7 +336,8 @@ def test_augmentation_of_strength_0_leaves_or_mirrors_the_picture():
 
 
 def test_pictures_are_resampled_as_torch_does():
-    images, draw = torch.randint(0, 256, (50, 1, 64, 64), dtype=torch.uint8), torch.Generator().manual_seed(0)
+    draw = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (50, 1, 64, 64), dtype=torch.uint8, generator=draw)
     matrices = torch.eye(2, 3) + 0.4 * torch.randn(50, 2, 3, generator=draw)  # far past the margins, too
     for each in (matrices, matrices[:1]):
         grid = torch.nn.functional.affine_grid(each.expand(50, 2, 3), (50, 1, 64, 64), align_corners=False)
