@@ -289,14 +289,26 @@ def test_standardize_takes_exposure_out():
 def test_standardize_is_local_contrast_of_each_picture_by_itself():
     images = torch.randint(0, 256, (3, 1, 64, 64), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
 
-    def around(x):  # at 64 pixels a cell is one pixel, so "around" is 3 x 3 of them, fewer at the margin
+    def mean(x):  # of 64 pixels "around" is twice 3 x 3, fewer at the margin
         windows = np.lib.stride_tricks.sliding_window_view(np.pad(x, 1, constant_values=np.nan), (3, 3))
         return np.nanmean(windows, (2, 3))
+
+    def around(x):
+        return mean(mean(x))
 
     for image, got in zip(images[:, 0].numpy().astype(float), kneeoa.standardize(images)[:, 0].numpy()):
         detail = image - around(image)
         variance = around(detail**2)
         assert np.allclose(got, detail / (0.5 * variance**0.5 + 0.5 * variance.mean() ** 0.5 + 1), atol=1e-5)
+
+
+def test_training_reads_what_standardize_gives_but_for_a_rounding():
+    images = torch.randint(0, 256, (70, 1, 64, 64), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    images[0] = 0
+    images[0, 0, 30, 30] = 255  # a white dot on black is beyond what a byte holds
+    standardized, kept = kneeoa.standardize(images), kneeoa.standardize_once(images)
+    assert kept.dtype == torch.int8 and kept.shape == images.shape and standardized.abs().max() > 4
+    assert (kept / kneeoa.STEPS - standardized.clamp(-4, 127 / kneeoa.STEPS)).abs().max() <= 0.5 / kneeoa.STEPS + 1e-6
 
 
 def test_the_answer_to_a_picture_is_the_mean_over_its_views():
