@@ -341,7 +341,7 @@ def standardize(images):
     what mattered most of all that was tried on Chen's set: see "What paid" in README.md.
     """
     # The batch as one picture of N channels, (1, N, S, S), which lie side by side in memory: pooling then takes the same
-    # pixel of many pictures at once, four times as fast.
+    # pixel of many pictures at once, several times as fast.
     images = images.float().transpose(0, 1).contiguous(memory_format=torch.channels_last)
     reach = max(1, round(3 / 224 * images.shape[-1]))
     side = 2 * reach + 1  # 7 of 224 pixels

@@ -876,6 +876,15 @@ def test_a_mistake_ends_in_one_line_and_status_2(words, told, capsys, tmp_path, 
 
 def test_a_copied_file_alone_draws_phantoms_and_splits_them(tmp_path):
     (tmp_path / "kneeoa.py").write_bytes(PROGRAM.read_bytes())
-    done = subprocess.run([sys.executable, "kneeoa.py", "split"], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0 and "drawing 1000 phantoms" in done.stdout
-    assert len(rows(tmp_path / "runs" / "phantoms" / "split.csv")) == 1000
+    for words in (["phantoms", "--count", "60"], ["split"]):
+        subprocess.run([sys.executable, "kneeoa.py", *words], cwd=tmp_path, check=True, capture_output=True)
+    assert len(rows(tmp_path / "runs" / "phantoms" / "split.csv")) == 60
+
+
+def test_with_no_folder_named_and_none_there_phantoms_are_drawn(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    draw = kneeoa.make_phantoms
+    monkeypatch.setattr(kneeoa, "make_phantoms", lambda folder, count=1000: draw(folder, count * 60 // 1000))  # 60 are enough
+    assert kneeoa.main(["split"]) == 0
+    assert "drawing 1000 phantoms" in capsys.readouterr().out
+    assert len(rows(tmp_path / "runs" / "phantoms" / "split.csv")) == 60
