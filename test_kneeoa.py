@@ -302,13 +302,24 @@ def test_standardize_is_local_contrast_of_each_picture_by_itself():
         assert np.allclose(got, detail / (0.5 * variance**0.5 + 0.5 * variance.mean() ** 0.5 + 1), atol=1e-5)
 
 
-def test_training_reads_what_standardize_gives_but_for_a_rounding():
+def test_standardize_once_gives_what_standardize_does_but_for_a_rounding():
     images = torch.randint(0, 256, (70, 1, 64, 64), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     images[0] = 0
     images[0, 0, 30, 30] = 255  # a white dot on black is beyond what a byte holds
     standardized, kept = kneeoa.standardize(images), kneeoa.standardize_once(images)
     assert kept.dtype == torch.int8 and kept.shape == images.shape and standardized.abs().max() > 4
     assert (kept / kneeoa.STEPS - standardized.clamp(-4, 127 / kneeoa.STEPS)).abs().max() <= 0.5 / kneeoa.STEPS + 1e-6
+
+
+def test_what_the_network_trains_on_is_standardized_as_what_it_is_tested_on(phantoms, tmp_path, monkeypatch):
+    dataset, seen = KneeFolder(phantoms, size=64), []
+    forward = KneeNet.forward
+    monkeypatch.setattr(kneeoa, "augment", lambda images, *rest: images.float())
+    monkeypatch.setattr(KneeNet, "forward", lambda net, x: seen.append(x.clone()) or forward(net, x))
+    kneeoa.train(dataset, dataset, Config(size=64, widths=(8, 16), epochs=1), tmp_path)
+    trained, tested = torch.cat(seen[:-1]), seen[-1]  # (80, 1, 64, 64), in another order, and (90, 1, 64, 64)
+    nearest = (trained[:, None] - tested).abs().amax((2, 3, 4)).amin(1)  # (80,)
+    assert (nearest <= 1 / kneeoa.STEPS).all()  # half a step of rounding, and what resampling one view blurs
 
 
 def test_the_answer_to_a_picture_is_the_mean_over_its_views():
