@@ -524,6 +524,15 @@ def test_phantoms_are_never_drawn_into_the_data_folder_and_the_fewest_allowed_ca
     assert kneeoa.main(["phantoms", "--data", "fewer", "--count", "59"]) == 2
 
 
+def test_phantoms_are_drawn_in_float32_since_float64_would_take_three_times_as_long(monkeypatch):
+    drawn_in = set()
+    for name in ("bump", "soft_step"):  # most of the drawing goes through these two
+        original = getattr(kneeoa, name)
+        monkeypatch.setattr(kneeoa, name, lambda x, *rest, f=original: drawn_in.add(x.dtype) or f(x, *rest))
+    kneeoa.draw_phantom(3.0, np.random.default_rng(0), np.random.default_rng(1))
+    assert drawn_in == {np.dtype(np.float32)}
+
+
 # ----------------------------------------------------------------------------------------------------------- command line
 
 
