@@ -77,7 +77,7 @@ class Config:
 
     size: int = setting(224, 64, 1024, "side of the square pictures, in pixels")
     batch: int = setting(64, 2, 4096, "pictures per step of the optimizer at most, small sets take fewer")
-    epochs: int = setting(16, 1, 10_000, "passes over the training subset")
+    epochs: int = setting(24, 1, 10_000, "passes over the training subset")
     lr: float = setting(2e-3, 1e-6, 1.0, "highest learning rate of the schedule")
     weight_decay: float = setting(0.02, 0.0, 1.0, "share of each weight that a step at rate 1 would take away")
     dropout: float = setting(0.3, 0.0, 0.95, "share of the features hidden from the last layer in training")
@@ -482,10 +482,10 @@ def evaluate(net, dataset, shares, config):
 
 
 def batch_for(n, config):
-    """Pictures per step where n are trained on: where the largest batch would leave an epoch with less than 75 steps, it
-    shrinks, down to 8. Many small steps learn more from few pictures than few large ones, and than more epochs, which
+    """Pictures per step where n are trained on: where the largest batch would leave an epoch with less than 50 steps, it
+    shrinks, down to 16. Many small steps learn more from few pictures than few large ones, and than more epochs, which
     learn them by heart: see "What paid" in README.md."""
-    return min(config.batch, max(8, n // 75), n)
+    return min(config.batch, max(16, n // 50), n)
 
 
 def train(train_set, val_set, config, run, bars=True):
