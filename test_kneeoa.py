@@ -317,7 +317,7 @@ def test_what_the_network_trains_on_is_standardized_as_what_it_is_tested_on(phan
     monkeypatch.setattr(kneeoa, "augment", lambda images, *rest: images.float())
     monkeypatch.setattr(KneeNet, "forward", lambda net, x: seen.append(x.clone()) or forward(net, x))
     kneeoa.train(dataset, dataset, Config(size=64, widths=(8, 16), epochs=1), tmp_path)
-    trained, tested = torch.cat(seen[:-1]), seen[-1]  # (80, 1, 64, 64), in another order, and (90, 1, 64, 64)
+    trained, tested = torch.cat(seen[:5]), torch.cat(seen[5:])  # (80, 1, 64, 64), in another order, and (90, 1, 64, 64)
     nearest = (trained[:, None] - tested).abs().amax((2, 3, 4)).amin(1)  # (80,)
     assert (nearest <= 1 / kneeoa.STEPS).all()  # half a step of rounding, and what resampling one view blurs
 
@@ -370,9 +370,9 @@ def test_pictures_are_resampled_as_torch_does():
 
 def test_augmentation_turns_scales_shifts_and_mirrors_within_its_bounds(monkeypatch):
     drawn = []
-    monkeypatch.setattr(kneeoa, "resample", lambda images, matrices: drawn.append(matrices))
+    monkeypatch.setattr(kneeoa, "resample", lambda images, matrices: drawn.append(matrices) or images)
     kneeoa.augment(torch.zeros(50, 1, 64, 64, dtype=torch.uint8), torch.Generator().manual_seed(0))
-    matrices = drawn[0]  # (50, 2, 3)
+    matrices = torch.cat(drawn)  # (50, 2, 3)
     turned = torch.atan2(-matrices[:, 0, 1], matrices[:, 1, 1]).rad2deg()
     scale = matrices[:, :, :2].det().abs().sqrt()
     assert 13 < turned.abs().max() < 19 and matrices[:, :, 2].abs().max() <= 0.17 and 0.8 < scale.min() < scale.max() < 1.25
@@ -389,7 +389,7 @@ def test_only_training_pictures_are_augmented_and_each_epoch_trains_in_train_mod
     before = dataset.images.clone()
     kneeoa.train(dataset, dataset, config, tmp_path)
     assert augmented == [16] * 5 * 3  # 90 pictures are five whole batches of 16, the fewest by default
-    assert modes == ([(True, 16)] * 5 + [(False, 90)]) * 3
+    assert modes == ([(True, 16)] * 5 + [(False, 64), (False, 26)]) * 3
     assert torch.equal(dataset.images, before)
 
 
