@@ -81,7 +81,7 @@ class Config:
     lr: float = setting(2e-3, 1e-6, 1.0, "highest learning rate of the schedule")
     weight_decay: float = setting(0.02, 0.0, 1.0, "share of each weight that a step at rate 1 would take away")
     dropout: float = setting(0.3, 0.0, 0.95, "share of the features hidden from the last layer in training")
-    widths: tuple = setting((32, 64, 128, 256), 4, 1024, "channels of each stage, with commas: 32,64,128,256")
+    widths: tuple = setting((24, 48, 96, 192), 4, 1024, "channels of each stage, with commas: 24,48,96,192")
     softness: float = setting(0.5, 0.0, 10.0, "how far a target leaks to the neighbouring grades, 0: not at all")
     balance: float = setting(0.2, 0.0, 1.0, "answer as if grades were 0: as frequent as they are, 1: equally frequent")
     augment: float = setting(1.0, 0.0, 3.0, "strength of the random changes to training pictures, 0: none")
@@ -484,10 +484,10 @@ def evaluate(net, dataset, shares, config):
 
 
 def batch_for(n, config):
-    """Pictures per step where n are trained on: where the largest batch would leave an epoch with less than 50 steps, it
-    shrinks, down to 16. Many small steps learn more from few pictures than few large ones, and than more epochs, which
+    """Pictures per step where n are trained on: where the largest batch would leave an epoch with less than 75 steps, it
+    shrinks, down to 8. Many small steps learn more from few pictures than few large ones, and than more epochs, which
     learn them by heart: see "What paid" in README.md."""
-    return min(config.batch, max(16, n // 50), n)
+    return min(config.batch, max(8, n // 75), n)
 
 
 def train(train_set, val_set, config, run, bars=True):

@@ -317,8 +317,8 @@ def test_what_the_network_trains_on_is_standardized_as_what_it_is_tested_on(phan
     monkeypatch.setattr(kneeoa, "augment", lambda images, *rest: images.float())
     monkeypatch.setattr(KneeNet, "forward", lambda net, x: seen.append(x.clone()) or forward(net, x))
     kneeoa.train(dataset, dataset, Config(size=64, widths=(8, 16), epochs=1), tmp_path)
-    trained, tested = torch.cat(seen[:5]), torch.cat(seen[5:])  # (80, 1, 64, 64), in another order, and (90, 1, 64, 64)
-    nearest = (trained[:, None] - tested).abs().amax((2, 3, 4)).amin(1)  # (80,)
+    trained, tested = torch.cat(seen[:11]), torch.cat(seen[11:])  # (88, 1, 64, 64), in another order, and (90, 1, 64, 64)
+    nearest = (trained[:, None] - tested).abs().amax((2, 3, 4)).amin(1)  # (88,)
     assert (nearest <= 1 / kneeoa.STEPS).all()  # half a step of rounding, and what resampling one view blurs
 
 
@@ -388,8 +388,8 @@ def test_only_training_pictures_are_augmented_and_each_epoch_trains_in_train_mod
     monkeypatch.setattr(KneeNet, "forward", lambda net, x: modes.append((net.training, len(x))) or forward(net, x))
     before = dataset.images.clone()
     kneeoa.train(dataset, dataset, config, tmp_path)
-    assert augmented == [16] * 5 * 3  # 90 pictures are five whole batches of 16, the fewest by default
-    assert modes == ([(True, 16)] * 5 + [(False, 64), (False, 26)]) * 3
+    assert augmented == [8] * 11 * 3  # 90 pictures are eleven whole batches of 8, the smallest by default
+    assert modes == ([(True, 8)] * 11 + [(False, 64), (False, 26)]) * 3
     assert torch.equal(dataset.images, before)
 
 
@@ -397,9 +397,9 @@ def test_only_training_pictures_are_augmented_and_each_epoch_trains_in_train_mod
 
 
 def test_small_sets_take_smaller_batches_so_that_an_epoch_has_steps_enough():
-    sizes = {n: kneeoa.batch_for(n, Config(batch=64)) for n in (10, 60, 800, 1646, 4908)}
-    assert sizes == {10: 10, 60: 16, 800: 16, 1646: 32, 4908: 64}
-    assert kneeoa.batch_for(800, Config(batch=8)) == 8  # a setting is never exceeded
+    sizes = {n: kneeoa.batch_for(n, Config(batch=64)) for n in (5, 60, 800, 1646, 4908)}
+    assert sizes == {5: 5, 60: 8, 800: 10, 1646: 21, 4908: 64}
+    assert kneeoa.batch_for(800, Config(batch=4)) == 4  # a setting is never exceeded
 
 
 def test_a_tiny_set_is_learned_by_heart(phantoms, tmp_path):
