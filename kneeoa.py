@@ -461,12 +461,12 @@ def moved(images, zoom, right, down):
 
 
 @torch.no_grad()
-def probabilities(net, images, views=VIEWS, batch=64):
+def probabilities(net, images, views=VIEWS):
     """Pictures uint8 (N, 1, S, S) to the probability of each grade (N, 5), both on the network's device: the mean over
     views of the picture, since one view's answer hangs on details of no meaning, such as which pixels pooling puts together."""
     net.eval()  # batch norm uses its running averages and dropout is off; forgetting this line is a common error
     answers = []
-    for part in map(standardize, images.split(batch)):
+    for part in map(standardize, images.split(64)):
         with half_precision(images.device):
             logits = torch.stack([net(moved(part, *view)).float() for view in views])
         answers.append(logits.softmax(2).mean(0))  # (views, batch, 5) -> (batch, 5)
