@@ -295,15 +295,20 @@ class KneeNet(nn.Module):
 
     def __init__(self, widths=Config.widths, dropout=Config.dropout):
         super().__init__()
-        first, *rest = widths
-        # Pool before batch norm and ReLU: they then touch a quarter of the pixels.
-        layers = [nn.Conv2d(1, first, 5, stride=2, padding=2, bias=False), nn.MaxPool2d(2), nn.BatchNorm2d(first), nn.ReLU()]
-        for before, width in zip(widths, rest):
-            layers += [nn.Conv2d(before, width, 3, padding=1, bias=False), nn.MaxPool2d(2), nn.BatchNorm2d(width), nn.ReLU(),
-                       Residual(width)]
+        layers = self.stage(1, widths[0], 5, 2)
+        for before, width in itertools.pairwise(widths):
+            layers += [*self.stage(before, width, 3, 1), Residual(width)]
         self.features = nn.Sequential(*layers)
         self.dropout = nn.Dropout(dropout)
         self.grade = nn.Linear(2 * widths[-1], K)
+
+    @staticmethod
+    def stage(before, width, side, stride):
+        """The layers (N, before, H, W) -> (N, width, H/2, W/2), by convolution with stride 1, pooling, batch norm and ReLU."""
+        # Pool before batch norm and ReLU: they then touch a quarter of the pixels. Sides are rounded up, or a narrow BAND of
+        # a small picture would be pooled away.
+        return [nn.Conv2d(before, width, side, stride, side // 2, bias=False), nn.MaxPool2d(2, ceil_mode=True),
+                nn.BatchNorm2d(width), nn.ReLU()]
 
     @staticmethod
     def halves(x):
@@ -447,8 +452,9 @@ def loss_of(logits, grades, shares, config):
 
 
 # The views of a picture that is graded: (zoom, shift to the right, shift down), the shifts as shares of its side. As it is, a
-# little farther, a little nearer, and a little to each corner.
-AS_IT_IS = (1.0, 0.0, 0.0)
+# little farther, a little nearer, and a little to each corner. "As it is" is half a row of 224 lower: a training picture was
+# resampled between pixels, which softens it, and one that was not is sharper than all that the network has learned from.
+AS_IT_IS = (1.0, 0.0, 0.5 / 224)
 VIEWS = (AS_IT_IS, (0.95, 0.0, 0.0), (1.05, 0.0, 0.0),
          (1.0, -0.025, -0.025), (1.0, 0.025, -0.025), (1.0, -0.025, 0.025), (1.0, 0.025, 0.025))
 
@@ -872,7 +878,7 @@ def heat_maps(net, images):
     """Grad-CAM (Selvaraju et al., 2017) of pictures uint8 (N, 1, S, S): heat (N, S, S) from 0 to 1 and probabilities
     (N, 5). Each channel of the last feature maps counts as much as the predicted grade's logit would rise with it."""
     net.eval()
-    maps = net.features(KneeNet.halves(standardize(images)))  # (2N, C, H, W)
+    maps = net.features(KneeNet.halves(moved(standardize(images), *AS_IT_IS)))  # (2N, C, H, W)
     logits = net.head(maps)
     slopes = torch.autograd.grad(logits.amax(1).sum(), maps)[0].mean((2, 3), keepdim=True)  # (2N, C, 1, 1)
     heat = F.relu((slopes * maps).sum(1, keepdim=True)).detach()  # (2N, 1, H, W)

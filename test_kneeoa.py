@@ -261,6 +261,11 @@ def test_the_network_makes_five_logits_at_any_size(size, widths):
     assert net(torch.randn(2, 1, size, size)).shape == (2, 5)
 
 
+def test_a_narrow_band_of_the_smallest_picture_is_not_pooled_away(monkeypatch):
+    monkeypatch.setattr(kneeoa, "BAND", (5 / 14, 11 / 14))
+    assert KneeNet().eval()(torch.randn(2, 1, 64, 64)).shape == (2, 5)
+
+
 def test_the_default_network_has_at_most_two_million_weights():
     assert kneeoa.count_weights(KneeNet()) <= 2_000_000
 
@@ -315,6 +320,7 @@ def test_what_the_network_trains_on_is_standardized_as_what_it_is_tested_on(phan
     dataset, seen = KneeFolder(phantoms, size=64), []
     forward = KneeNet.forward
     monkeypatch.setattr(kneeoa, "augment", lambda images, *rest: images.float())
+    monkeypatch.setattr(kneeoa, "AS_IT_IS", (1.0, 0.0, 0.0))
     monkeypatch.setattr(KneeNet, "forward", lambda net, x: seen.append(x.clone()) or forward(net, x))
     kneeoa.train(dataset, dataset, Config(size=64, widths=(8, 16), epochs=1), tmp_path)
     trained, tested = torch.cat(seen[:11]), torch.cat(seen[11:])  # (88, 1, 64, 64), in another order, and (90, 1, 64, 64)
@@ -333,11 +339,17 @@ def test_the_answer_to_a_picture_is_the_mean_over_its_views():
 def test_a_view_enlarges_about_the_middle_and_shifts_right_and_down():
     picture = torch.zeros(1, 1, 64, 64)
     picture[..., 16:48, 16:48] = 255  # 32 pixels wide
-    assert torch.allclose(kneeoa.moved(picture, *kneeoa.AS_IT_IS), picture, atol=1e-2)
+    assert torch.allclose(kneeoa.moved(picture, 1, 0, 0), picture, atol=1e-2)
     enlarged = kneeoa.moved(picture, 1.25, 0, 0)[0, 0] / 255
     assert enlarged[32].sum().item() == pytest.approx(40, abs=0.5) and torch.allclose(enlarged, enlarged.flip(0, 1), atol=1e-2)
     shifted = kneeoa.moved(picture, 1, 4 / 64, 8 / 64)
     assert torch.allclose(shifted, picture.roll((8, 4), (2, 3)), atol=1e-2)
+
+
+def test_a_validated_picture_is_as_soft_as_one_that_is_trained_on():
+    grain = torch.randn(16, 1, 224, 224, generator=torch.Generator().manual_seed(0))  # of deviation 1, what softens lowers it
+    trained = kneeoa.augment(grain, torch.Generator().manual_seed(1))
+    assert kneeoa.moved(grain, *kneeoa.AS_IT_IS).std().item() == pytest.approx(trained.std().item(), rel=0.15)
 
 
 # ----------------------------------------------------------------------------------------------------------- augmentation
