@@ -295,16 +295,16 @@ class KneeNet(nn.Module):
 
     def __init__(self, widths=Config.widths, dropout=Config.dropout):
         super().__init__()
-        layers = self.stage(1, widths[0], 5, 2)
+        layers = self.stage(1, widths[0], side=5, stride=2)
         for before, width in itertools.pairwise(widths):
-            layers += [*self.stage(before, width, 3, 1), Residual(width)]
+            layers += [*self.stage(before, width), Residual(width)]
         self.features = nn.Sequential(*layers)
         self.dropout = nn.Dropout(dropout)
         self.grade = nn.Linear(2 * widths[-1], K)
 
     @staticmethod
-    def stage(before, width, side, stride):
-        """The layers (N, before, H, W) -> (N, width, H/2, W/2), by convolution with stride 1, pooling, batch norm and ReLU."""
+    def stage(before, width, side=3, stride=1):
+        """Layers from (N, before, H, W) to (N, width, H/2, W/2), or to H/4 and W/4 with a stride of 2."""
         # Pool before batch norm and ReLU: they then touch a quarter of the pixels. Sides are rounded up, or a narrow BAND of
         # a small picture would be pooled away.
         return [nn.Conv2d(before, width, side, stride, side // 2, bias=False), nn.MaxPool2d(2, ceil_mode=True),

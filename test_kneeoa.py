@@ -320,7 +320,7 @@ def test_what_the_network_trains_on_is_standardized_as_what_it_is_tested_on(phan
     dataset, seen = KneeFolder(phantoms, size=64), []
     forward = KneeNet.forward
     monkeypatch.setattr(kneeoa, "augment", lambda images, *rest: images.float())
-    monkeypatch.setattr(kneeoa, "AS_IT_IS", (1.0, 0.0, 0.0))
+    monkeypatch.setattr(kneeoa, "AS_IT_IS", (1.0, 0.0, 0.0))  # half a row lower, it would be softer than what is trained on
     monkeypatch.setattr(KneeNet, "forward", lambda net, x: seen.append(x.clone()) or forward(net, x))
     kneeoa.train(dataset, dataset, Config(size=64, widths=(8, 16), epochs=1), tmp_path)
     trained, tested = torch.cat(seen[:11]), torch.cat(seen[11:])  # (88, 1, 64, 64), in another order, and (90, 1, 64, 64)
