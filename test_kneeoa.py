@@ -320,7 +320,7 @@ def test_what_the_network_trains_on_is_standardized_as_what_it_is_tested_on(phan
     dataset, seen = KneeFolder(phantoms, size=64), []
     forward = KneeNet.forward
     monkeypatch.setattr(kneeoa, "augment", lambda images, *rest: images.float())
-    monkeypatch.setattr(kneeoa, "AS_IT_IS", (1.0, 0.0, 0.0))  # half a row lower, it would be softer than what is trained on
+    monkeypatch.setattr(kneeoa, "AS_IT_IS", (1.0, 0.0, 0.0))  # a hundredth farther, it would be softer than what is trained on
     monkeypatch.setattr(KneeNet, "forward", lambda net, x: seen.append(x.clone()) or forward(net, x))
     kneeoa.train(dataset, dataset, Config(size=64, widths=(8, 16), epochs=1), tmp_path)
     trained, tested = torch.cat(seen[:11]), torch.cat(seen[11:])  # (88, 1, 64, 64), in another order, and (90, 1, 64, 64)
@@ -346,8 +346,9 @@ def test_a_view_enlarges_about_the_middle_and_shifts_right_and_down():
     assert torch.allclose(shifted, picture.roll((8, 4), (2, 3)), atol=1e-2)
 
 
-def test_a_validated_picture_is_as_soft_as_one_that_is_trained_on():
-    grain = torch.randn(16, 1, 224, 224, generator=torch.Generator().manual_seed(0))  # of deviation 1, what softens lowers it
+@pytest.mark.parametrize("size", [64, 160, 224, 448])
+def test_a_validated_picture_is_as_soft_as_one_that_is_trained_on(size):
+    grain = torch.randn(16, 1, size, size, generator=torch.Generator().manual_seed(0))  # of deviation 1, what softens lowers it
     trained = kneeoa.augment(grain, torch.Generator().manual_seed(1))
     assert kneeoa.moved(grain, *kneeoa.AS_IT_IS).std().item() == pytest.approx(trained.std().item(), rel=0.15)
 
