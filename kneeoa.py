@@ -451,11 +451,11 @@ def loss_of(logits, grades, shares, config):
     return F.cross_entropy(logits + config.balance * shares.log(), targets)
 
 
-# The views of a picture that is graded: (zoom, shift to the right, shift down), the shifts as shares of its side. As it is, a
-# little farther, a little nearer, and a little to each corner. "As it is" is a hundredth farther: a training picture was
-# resampled between pixels, which softens it, and one that was not is sharper than all that the network has learned from.
-AS_IT_IS = (0.99, 0.0, 0.0)
-VIEWS = (AS_IT_IS, (0.95, 0.0, 0.0), (1.05, 0.0, 0.0),
+# The views of a picture that is graded: (zoom, shift to the right, shift down), the shifts as shares of its side. One nearly
+# as it is, for validation and heat maps too, a little farther, a little nearer, and a little to each corner. Nearly: training
+# pictures were resampled between pixels, which softens them, and one that was not is sharper than all that was learned from.
+MAIN_VIEW = (0.99, 0.0, 0.0)
+VIEWS = (MAIN_VIEW, (0.95, 0.0, 0.0), (1.05, 0.0, 0.0),
          (1.0, -0.025, -0.025), (1.0, 0.025, -0.025), (1.0, -0.025, 0.025), (1.0, 0.025, 0.025))
 
 
@@ -485,7 +485,7 @@ HISTORY = ("epoch", "train_loss", "train_accuracy", "val_loss", "val_accuracy", 
 
 def evaluate(net, dataset, shares, config):
     """(loss, probabilities (N, 5)) over a whole subset, without augmentation; from one view, since all of them take longer."""
-    answers = probabilities(net, dataset.images, [AS_IT_IS])
+    answers = probabilities(net, dataset.images, [MAIN_VIEW])
     return loss_of(answers.clamp(min=1e-9).log(), dataset.grades, shares, config).item(), answers
 
 
@@ -878,7 +878,7 @@ def heat_maps(net, images):
     """Grad-CAM (Selvaraju et al., 2017) of pictures uint8 (N, 1, S, S): heat (N, S, S) from 0 to 1 and probabilities
     (N, 5). Each channel of the last feature maps counts as much as the predicted grade's logit would rise with it."""
     net.eval()
-    maps = net.features(KneeNet.halves(moved(standardize(images), *AS_IT_IS)))  # (2N, C, H, W)
+    maps = net.features(KneeNet.halves(moved(standardize(images), *MAIN_VIEW)))  # (2N, C, H, W)
     logits = net.head(maps)
     slopes = torch.autograd.grad(logits.amax(1).sum(), maps)[0].mean((2, 3), keepdim=True)  # (2N, C, 1, 1)
     heat = F.relu((slopes * maps).sum(1, keepdim=True)).detach()  # (2N, 1, H, W)

@@ -12,6 +12,7 @@ import time
 import zlib
 from collections import Counter, defaultdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -320,7 +321,7 @@ def test_what_the_network_trains_on_is_standardized_as_what_it_is_tested_on(phan
     dataset, seen = KneeFolder(phantoms, size=64), []
     forward = KneeNet.forward
     monkeypatch.setattr(kneeoa, "augment", lambda images, *rest: images.float())
-    monkeypatch.setattr(kneeoa, "AS_IT_IS", (1.0, 0.0, 0.0))  # a hundredth farther, it would be softer than what is trained on
+    monkeypatch.setattr(kneeoa, "MAIN_VIEW", (1.0, 0.0, 0.0))  # a hundredth farther, it would be softer than what is trained on
     monkeypatch.setattr(KneeNet, "forward", lambda net, x: seen.append(x.clone()) or forward(net, x))
     kneeoa.train(dataset, dataset, Config(size=64, widths=(8, 16), epochs=1), tmp_path)
     trained, tested = torch.cat(seen[:11]), torch.cat(seen[11:])  # (88, 1, 64, 64), in another order, and (90, 1, 64, 64)
@@ -347,10 +348,14 @@ def test_a_view_enlarges_about_the_middle_and_shifts_right_and_down():
 
 
 @pytest.mark.parametrize("size", [64, 160, 224, 448])
-def test_a_validated_picture_is_as_soft_as_one_that_is_trained_on(size):
-    grain = torch.randn(16, 1, size, size, generator=torch.Generator().manual_seed(0))  # of deviation 1, what softens lowers it
+def test_a_validated_picture_is_as_soft_as_one_that_is_trained_on(size, monkeypatch):
+    grain, seen = torch.randn(16, 1, size, size, generator=torch.Generator().manual_seed(0)), []  # what softens it lowers its deviation
     trained = kneeoa.augment(grain, torch.Generator().manual_seed(1))
-    assert kneeoa.moved(grain, *kneeoa.AS_IT_IS).std().item() == pytest.approx(trained.std().item(), rel=0.15)
+    monkeypatch.setattr(kneeoa, "standardize", lambda images: images)
+    monkeypatch.setattr(KneeNet, "forward", lambda net, x: seen.append(x) or torch.zeros(len(x), 5))
+    dataset = SimpleNamespace(images=grain, grades=torch.zeros(16, dtype=torch.int64))
+    kneeoa.evaluate(KneeNet(), dataset, torch.full((5,), 0.2), Config())
+    assert seen[0].std().item() == pytest.approx(trained.std().item(), rel=0.15)
 
 
 # ----------------------------------------------------------------------------------------------------------- augmentation
@@ -635,7 +640,7 @@ def test_the_heat_of_a_trained_network_lies_at_the_joint(phantoms, tmp_path):
     net = kneeoa.load_net(kneeoa.train(dataset, dataset, config, tmp_path), torch.device("cpu"))
     heats, answers = kneeoa.heat_maps(net, dataset.images)
     assert heats.shape == (90, 128, 128) and heats.min() >= 0 and heats.amax((1, 2)).max() == pytest.approx(1)
-    assert torch.allclose(answers, kneeoa.probabilities(net, dataset.images, [kneeoa.AS_IT_IS]), atol=0.05)  # but for bfloat16
+    assert torch.allclose(answers, kneeoa.probabilities(net, dataset.images, [kneeoa.MAIN_VIEW]), atol=0.05)  # but for bfloat16
     band = slice(54, 84)  # phantoms have their joint near row 0.54 of the height; the band is a quarter of the picture
     share = (heats[:, band].sum() / heats.sum()).item()
     assert share > 0.5, share
