@@ -960,7 +960,7 @@ def draw_heat_maps(path, images, heats, grades, names):
     if len(images) > 300:
         raise KneeError(f"--heatmap: {len(images)} pictures are too many for one sheet, name at most 300")
     across = min(3, len(images))
-    figure = new_figure(6.4 * across, 3.3 * math.ceil(len(images) / across))
+    figure = new_figure(6.4 * across, 3.6 * math.ceil(len(images) / across))
     axes = figure.subplots(math.ceil(len(images) / across), 2 * across, squeeze=False).flat
     for image, heat, grade, name in zip(images, heats, grades, names):
         show_xray(next(axes), image[0].cpu().numpy(), None, shortened(Path(name).name))
