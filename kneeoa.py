@@ -77,7 +77,7 @@ class Config:
 
     size: int = setting(224, 64, 1024, "side of the square pictures, in pixels")
     batch: int = setting(64, 2, 4096, "pictures per step of the optimizer at most, small sets take fewer")
-    epochs: int = setting(24, 1, 10_000, "passes over the training subset")
+    epochs: int = setting(16, 1, 10_000, "passes over the training subset")
     lr: float = setting(2e-3, 1e-6, 1.0, "highest learning rate of the schedule")
     weight_decay: float = setting(0.02, 0.0, 1.0, "share of each weight that a step at rate 1 would take away")
     dropout: float = setting(0.3, 0.0, 0.95, "share of the features hidden from the last layer in training")
