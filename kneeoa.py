@@ -1154,14 +1154,14 @@ def training_sets(data, run, config, device, patients_file):
 
 
 def command_train(data, run, config, device, patients_file=None, choose_epochs=False):
-    """Trains on the split of the run, which is made if it is missing, then tests. With `choose_epochs`, the number of
-    pictures sets how often they are shown, and not the config."""
+    """Trains on the split of the run, which is made if it is missing, then tests. With `choose_epochs`, `epochs_for` sets the
+    number of epochs in place of the config."""
     sets = training_sets(data, run, config, device, patients_file)
     n, threads = len(sets[0]), f" with {torch.get_num_threads()} threads" if device.type == "cpu" else ""
     if choose_epochs:
         config = replace(config, epochs=epochs_for(n))
-    print(f"training on {n} pictures in batches of {batch_for(n, config)}, {config.epochs} epochs, validating on {len(sets[1])}, "
-          f"{count_weights(KneeNet(config.widths)):,} weights, on {device}{threads}")
+    print(f"training on {n} pictures in batches of {batch_for(n, config)} for {config.epochs} epochs, "
+          f"validating on {len(sets[1])}, {count_weights(KneeNet(config.widths)):,} weights, on {device}{threads}")
     train(*sets, config, run)
     command_test(data, run, device)
     print(f"\nall of it is in {run}; next: python kneeoa.py plot --data {data} --run {run}")
