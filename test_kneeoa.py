@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import platform
 import shutil
 import signal
 import struct
@@ -429,6 +430,21 @@ def test_large_sets_take_fewer_epochs_unless_the_command_line_names_them(phantom
         assert kneeoa.main(["test", "--data", str(phantoms), "--run", str(run), *words]) == 0
         assert json.loads((run / "metrics.json").read_text())["subset"] == "test"  # so the training is finished
     assert len(rows(tmp_path / "chosen" / "history.csv")) == 1 and len(rows(tmp_path / "named" / "history.csv")) == 2
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries have no such setting")
+def test_freed_memory_is_kept_for_the_next_step():
+    program = """
+import resource, torch, kneeoa
+kneeoa.keep_freed_memory()
+for _ in range(40):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(2**24)
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+    told = subprocess.run([sys.executable, "-c", program], cwd=PROGRAM.parent, capture_output=True, text=True, check=True)
+    cleared = [int(pages) for pages in told.stdout.split()]  # by the system, before the program may write into them
+    assert cleared[0] > 100 and sum(cleared[20:]) < cleared[0]
 
 
 def test_a_tiny_set_is_learned_by_heart(phantoms, tmp_path):
