@@ -11,8 +11,8 @@ A knee is graded on the Kellgren-Lawrence (KL) scale (Kellgren and Lawrence, 195
 splitting, data set, network, augmentation, training, metrics. What that road leans on, and may be skipped, stands
 behind it: files, heat maps, phantoms and commands.
 
-Measured: accuracy .68, balanced accuracy .70 and quadratic weighted kappa .82 on 826 knees of Chen's set after 18
-minutes on two CPU cores; README.md says how, and what holds these figures back. Left out on purpose: pretrained weights,
+Measured: accuracy .68, balanced accuracy .70 and quadratic weighted kappa .82 on 826 knees of Chen's set after 5 to
+18 minutes on two CPU cores; README.md says how, and what holds these figures back. Left out on purpose: pretrained weights,
 ensembles, several GPUs. This is no medical device: it is not for diagnosis.
 
 SPDX-License-Identifier: MIT
@@ -853,7 +853,7 @@ def pick_device(name):
 
 def keep_freed_memory():
     """Keeps what is freed for the next step, where the C library is glibc, as on most Linux. It would be given back to the
-    system, which clears it anew, page by page, for each step: on two CPU cores 6 % of a step's time."""
+    system, which clears it anew, page by page, for each step: on two CPU cores up to 6 % of a step's time."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt:
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD in malloc.h: how much may be free before it is given back
