@@ -389,7 +389,7 @@ def resample(images, matrices):
     size = images.shape[-1]
     centre = (torch.arange(size, device=images.device) + 0.5) * 2 / size - 1  # of each pixel, along one side
     # Where a new pixel looks in the old picture is a part that its column decides plus one that its row decides. F.affine_grid
-    # finds the same places by a product for each pixel, several times as slowly.
+    # finds the same places by a product for each pixel, more than twenty times as slowly.
     by_column, by_row = matrices[:, :, :1] * centre + matrices[:, :, 2:], matrices[:, :, 1:2] * centre  # (N, 2, S) each
     look = (by_column[:, :, None] + by_row[..., None]).movedim(1, 3)  # (N, S, S, 2)
     last = 1 - 1 / size  # the middle of the outermost pixel; padding_mode="border" does the same, where a device has it
