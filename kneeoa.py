@@ -82,7 +82,7 @@ class Config:
     lr: float = setting(2e-3, 1e-6, 1.0, "highest learning rate of the schedule")
     weight_decay: float = setting(0.02, 0.0, 1.0, "share of each weight that a step at rate 1 would take away")
     dropout: float = setting(0.3, 0.0, 0.95, "share of the features hidden from the last layer in training")
-    widths: tuple = setting((24, 48, 96, 192), 4, 1024, "channels of each stage, with commas: 24,48,96,192")
+    widths: tuple = setting((16, 48, 96, 192), 4, 1024, "channels of each stage, with commas: 16,48,96,192")
     softness: float = setting(0.5, 0.0, 10.0, "how far a target leaks to the neighbouring grades, 0: not at all")
     balance: float = setting(0.2, 0.0, 1.0, "answer as if grades were 0: as frequent as they are, 1: equally frequent")
     augment: float = setting(1.0, 0.0, 3.0, "strength of the random changes to training pictures, 0: none")
@@ -521,8 +521,7 @@ def train(train_set, val_set, config, run, bars=True):
     schedule = torch.optim.lr_scheduler.LambdaLR(adam, lambda step: rate((step + 1) / (steps * config.epochs + 1)))
     # What is validated, kept and tested is a running average of the weights over about the last twentieth of all steps
     # (Polyak and Juditsky, 1992): single steps at a high rate throw the network about, their mean stays in the middle.
-    decay = max(0.0, 1 - 20 / (steps * config.epochs))
-    average = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
+    average = AveragedModel(net, use_buffers=True)
     shares = torch.bincount(train_set.grades, minlength=K).clamp(min=1) / len(train_set)  # of each grade, (5,)
 
     state = {"net": net, "average": average, "adam": adam, "schedule": schedule}  # what a resumed run must find again
@@ -536,6 +535,8 @@ def train(train_set, val_set, config, run, bars=True):
         order, chance = (torch.Generator().manual_seed(s) for s in seeds[:2])
         torch.manual_seed(seeds[2])  # dropout
         shuffled = torch.randperm(len(train_set), generator=order).to(device)
+        window = steps * min(config.epochs / 20, epoch / 4)  # shorter at first, or untrained weights would weigh most
+        average.multi_avg_fn = get_ema_multi_avg_fn(max(0.0, 1 - 1 / window))
         net.train()  # here validation has a copy of its own; whoever validates `net` itself needs this line in every epoch
         sums, shown = torch.zeros(2, device=device), start  # of loss and accuracy; they stay on the device
         title = f"epoch {epoch:{len(str(config.epochs))}}/{config.epochs}"

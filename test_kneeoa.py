@@ -499,6 +499,21 @@ def test_the_best_epoch_is_the_one_with_the_highest_validation_kappa(trained, ph
     assert loss == pytest.approx(float(history[best["epoch"] - 1]["val_loss"]))
 
 
+def test_after_one_epoch_untrained_weights_are_out_of_what_is_validated(phantoms, tmp_path, monkeypatch):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    config, dataset = Config(size=64, widths=(8,), epochs=100), KneeFolder(phantoms, size=64)
+    monkeypatch.setattr(kneeoa, "publish", stop)
+    with pytest.raises(KeyboardInterrupt):
+        kneeoa.train(dataset, dataset, config, tmp_path)
+    torch.manual_seed(config.seed)
+    first, last = KneeNet(config.widths).state_dict(), torch.load(tmp_path / "last.pt", weights_only=True)
+    for name in ("features.0.weight", "grade.weight", "features.2.running_var"):
+        trained, validated = last["net"][name], last["average"][f"module.{name}"]
+        assert (validated - trained).norm() < (validated - first[name]).norm(), name
+
+
 def test_same_seed_same_weights_in_two_processes(phantoms, tmp_path):
     for name in "ab":
         command = [sys.executable, str(PROGRAM), "train", "--data", str(phantoms), "--run", str(tmp_path / name), *SMALL]
