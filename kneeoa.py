@@ -521,7 +521,7 @@ def train(train_set, val_set, config, run, bars=True):
     schedule = torch.optim.lr_scheduler.LambdaLR(adam, lambda step: rate((step + 1) / (steps * config.epochs + 1)))
     # What is validated, kept and tested is a running average of the weights over about the last twentieth of all steps
     # (Polyak and Juditsky, 1992): single steps at a high rate throw the network about, their mean stays in the middle.
-    average = AveragedModel(net, use_buffers=True)
+    average = AveragedModel(net, use_buffers=True)  # each epoch says anew how far back it reaches
     shares = torch.bincount(train_set.grades, minlength=K).clamp(min=1) / len(train_set)  # of each grade, (5,)
 
     state = {"net": net, "average": average, "adam": adam, "schedule": schedule}  # what a resumed run must find again
@@ -535,8 +535,8 @@ def train(train_set, val_set, config, run, bars=True):
         order, chance = (torch.Generator().manual_seed(s) for s in seeds[:2])
         torch.manual_seed(seeds[2])  # dropout
         shuffled = torch.randperm(len(train_set), generator=order).to(device)
-        window = steps * min(config.epochs / 20, epoch / 4)  # shorter at first, or untrained weights would weigh most
-        average.multi_avg_fn = get_ema_multi_avg_fn(max(0.0, 1 - 1 / window))
+        reach = steps * min(config.epochs / 20, epoch / 4)  # in steps; fewer at first, or untrained weights would weigh most
+        average.multi_avg_fn = get_ema_multi_avg_fn(max(0.0, 1 - 1 / reach))
         net.train()  # here validation has a copy of its own; whoever validates `net` itself needs this line in every epoch
         sums, shown = torch.zeros(2, device=device), start  # of loss and accuracy; they stay on the device
         title = f"epoch {epoch:{len(str(config.epochs))}}/{config.epochs}"

@@ -499,7 +499,7 @@ def test_the_best_epoch_is_the_one_with_the_highest_validation_kappa(trained, ph
     assert loss == pytest.approx(float(history[best["epoch"] - 1]["val_loss"]))
 
 
-def test_after_one_epoch_untrained_weights_are_out_of_what_is_validated(phantoms, tmp_path, monkeypatch):
+def test_after_one_epoch_what_is_validated_is_nearer_to_the_trained_weights_than_to_the_first(phantoms, tmp_path, monkeypatch):
     def stop(*_):
         raise KeyboardInterrupt
 
