@@ -50,7 +50,7 @@ from tqdm import tqdm
 # What makes this a program about knees. For hips, hands or chests change these lines first; README.md lists the rest.
 GRADES = ("none", "doubtful", "minimal", "moderate", "severe")  # the name of grade g is GRADES[g]
 PATIENT = re.compile(r"(\d+)[ _-]?(L|R|left|right)\b", re.IGNORECASE)  # in 9003175L.png the patient is 9003175
-BAND = (3 / 14, 13 / 14)  # the rows the network looks at, as shares of the height: the joint and the bone next to it
+BAND = (2 / 7, 6 / 7)  # the rows the network looks at, as shares of the height: the joint and the bone next to it
 HALF = 4 / 7  # the width of each of its two halves, as a share of the picture's: they overlap in the middle
 
 K = len(GRADES)
@@ -285,6 +285,11 @@ class Residual(nn.Module):
         return F.relu(x + self.body(x))
 
 
+def band(size):
+    """The rows of BAND in pictures of `size` rows, as a slice."""
+    return slice(round(BAND[0] * size), round(BAND[1] * size))
+
+
 class KneeNet(nn.Module):
     """Standardized pictures, float (N, 1, S, S) with S of 64 or more, to logits (N, 5).
 
@@ -313,9 +318,10 @@ class KneeNet(nn.Module):
 
     @staticmethod
     def halves(x):
-        """(N, C, S, S) -> (2N, C, 5/7 S, 4/7 S): the left halves of the joint, then the right ones, mirrored."""
+        """(N, C, S, S) -> (2N, C, 4/7 S, 4/7 S): the left halves of the joint, then the right ones, mirrored."""
         size = x.shape[-1]
-        x = x[:, :, round(BAND[0] * size) : round(BAND[1] * size)]
+        if x.shape[-2] == size:  # in training only the rows of the band come in
+            x = x[:, :, band(size)]
         half = round(HALF * size)
         return torch.cat((x[..., :half], x.flip(3)[..., :half])).contiguous(memory_format=torch.channels_last)
 
@@ -381,25 +387,26 @@ def standardize_once(images):
     return standardized
 
 
-def resample(images, matrices):
-    """Pictures (N, 1, S, S) to float pictures of the same shape: a pixel at (x, y) takes what is at matrix @ (x, y, 1) in
-    the old picture, both counted from -1 to 1 over its side; past the margin, the margin is repeated. `matrices` is
-    (N, 2, 3), or (1, 2, 3) for one that is the same for all.
+def resample(images, matrices, rows=slice(None)):
+    """Pictures (N, 1, S, S) to float pictures of the same shape, or to these `rows` of them: a pixel at (x, y) takes what
+    is at matrix @ (x, y, 1) in the old picture, both counted from -1 to 1 over its side; past the margin, the margin is
+    repeated. `matrices` is (N, 2, 3), or (1, 2, 3) for one that is the same for all.
     """
     size = images.shape[-1]
     centre = (torch.arange(size, device=images.device) + 0.5) * 2 / size - 1  # of each pixel, along one side
     # Where a new pixel looks in the old picture is a part that its column decides plus one that its row decides. F.affine_grid
     # finds the same places by a product for each pixel, more than twenty times as slowly.
-    by_column, by_row = matrices[:, :, :1] * centre + matrices[:, :, 2:], matrices[:, :, 1:2] * centre  # (N, 2, S) each
-    look = (by_column[:, :, None] + by_row[..., None]).movedim(1, 3)  # (N, S, S, 2)
+    by_column = matrices[:, :, :1] * centre + matrices[:, :, 2:]  # (N, 2, S)
+    by_row = matrices[:, :, 1:2] * centre[rows]  # (N, 2, rows)
+    look = (by_column[:, :, None] + by_row[..., None]).movedim(1, 3)  # (N, rows, S, 2)
     last = 1 - 1 / size  # the middle of the outermost pixel; padding_mode="border" does the same, where a device has it
     look = look.clamp_(-last, last).expand(len(images), -1, -1, -1)
     return F.grid_sample(images.float(), look, align_corners=False)
 
 
-def augment(images, generator, strength=1.0):
+def augment(images, generator, strength=1.0, rows=slice(None)):
     """Pictures (N, 1, S, S) to float (N, 1, S, S): each mirrored or not, turned by up to 17 degrees, its scale changed by up
-    to 17 %, its proportions and its place by up to 8 %; all times `strength`.
+    to 17 %, its proportions and its place by up to 8 %; all times `strength`. With `rows`, such as band(S), these alone.
 
     The random numbers come from `generator`, which is on the CPU and so draws the same for every device.
     """
@@ -413,7 +420,7 @@ def augment(images, generator, strength=1.0):
                             flip * high * turn.sin(), high * turn.cos(), down), 1)
     # Eight pictures at a time, so that what is worked out for them is still in the processor's cache when it is used.
     parts = zip(images.split(8), matrices.view(-1, 2, 3).split(8))
-    return torch.cat([resample(part, matrix) for part, matrix in parts])
+    return torch.cat([resample(part, matrix, rows) for part, matrix in parts])
 
 
 # ------------------------------------------------------------------------------------------------------------ training
@@ -544,7 +551,7 @@ def train(train_set, val_set, config, run, bars=True):
             for step, index in enumerate(shuffled[: steps * batch].split(batch), 1):
                 grades = train_set.grades[index]  # int64 (B,)
                 images = standardized.index_select(0, index)  # int8 (B, 1, S, S); by [index] it takes nine times as long
-                images = augment(images, chance, config.augment).div_(STEPS)
+                images = augment(images, chance, config.augment, band(config.size)).div_(STEPS)
                 with half_precision(device):
                     logits = net(images).float()  # (B, 5)
                 loss = loss_of(logits, grades, shares, config)
@@ -879,14 +886,14 @@ def half_precision(device):
 
 def join_halves(halves, size):
     """`KneeNet.halves` undone: (2N, 1, h, w) over the halves, of any resolution, to (N, 1, size, size) over the pictures."""
-    top, bottom, half = round(BAND[0] * size), round(BAND[1] * size), round(HALF * size)
+    rows, half = band(size), round(HALF * size)
     overlap = 2 * half - size
     fade = torch.ones(half, device=halves.device)
     fade[half - overlap :] = torch.linspace(1, 0, overlap, device=halves.device)  # from one half into the other
-    left, right = (F.interpolate(halves, (bottom - top, half), mode="bilinear") * fade).chunk(2)
+    left, right = (F.interpolate(halves, (rows.stop - rows.start, half), mode="bilinear") * fade).chunk(2)
     canvas = left.new_zeros(len(left), 1, size, size)
-    canvas[:, :, top:bottom, :half] += left
-    canvas[:, :, top:bottom, -half:] += right.flip(3)
+    canvas[:, :, rows, :half] += left
+    canvas[:, :, rows, -half:] += right.flip(3)
     return canvas
 
 

@@ -278,6 +278,12 @@ def test_a_knee_and_its_mirror_image_get_the_same_answer():
     assert torch.allclose(net(images), net(images.flip(3)), atol=1e-5)
 
 
+def test_the_rows_of_the_band_alone_get_the_answer_of_the_whole_picture():
+    net, images = KneeNet((8, 16)).eval(), torch.randn(3, 1, 97, 97)
+    torch.nn.init.normal_(net.grade.weight)
+    assert torch.equal(net(images[:, :, kneeoa.band(97)]), net(images))
+
+
 def test_heat_on_the_halves_comes_back_to_its_place_in_the_picture():
     picture = torch.zeros(2, 1, 112, 112)
     picture[0, 0, 60, 10] = picture[1, 0, 60, 56] = picture[1, 0, 60, 100] = 1.0  # at the left; in the overlap; at the right
@@ -369,6 +375,12 @@ def test_augmentation_is_drawn_from_its_generator_alone():
     assert 0 <= first.min() and first.max() <= 255
 
 
+def test_rows_that_are_augmented_alone_are_those_of_the_whole_picture():
+    images, rows = torch.randint(0, 256, (9, 1, 97, 97), dtype=torch.uint8), kneeoa.band(97)
+    whole, part = (kneeoa.augment(images, torch.Generator().manual_seed(0), 1.0, which) for which in (slice(None), rows))
+    assert whole.shape == images.shape and torch.allclose(part, whole[:, :, rows], atol=1e-4)
+
+
 def test_augmentation_of_strength_0_leaves_or_mirrors_the_picture():
     images = torch.randint(0, 256, (20, 1, 64, 64), dtype=torch.uint8)  # more than are changed at a time
     changed = kneeoa.augment(images, torch.Generator().manual_seed(0), strength=0)
@@ -389,7 +401,7 @@ def test_pictures_are_resampled_as_torch_does():
 
 def test_augmentation_turns_scales_shifts_and_mirrors_within_its_bounds(monkeypatch):
     drawn = []
-    monkeypatch.setattr(kneeoa, "resample", lambda images, matrices: drawn.append(matrices) or images)
+    monkeypatch.setattr(kneeoa, "resample", lambda images, matrices, rows: drawn.append(matrices) or images)
     kneeoa.augment(torch.zeros(50, 1, 64, 64, dtype=torch.uint8), torch.Generator().manual_seed(0))
     matrices = torch.cat(drawn)  # (50, 2, 3)
     turned = torch.atan2(-matrices[:, 0, 1], matrices[:, 1, 1]).rad2deg()
