@@ -51,7 +51,7 @@ from tqdm import tqdm
 GRADES = ("none", "doubtful", "minimal", "moderate", "severe")  # the name of grade g is GRADES[g]
 PATIENT = re.compile(r"(\d+)[ _-]?(L|R|left|right)\b", re.IGNORECASE)  # in 9003175L.png the patient is 9003175
 BAND = (2 / 7, 6 / 7)  # the rows the network looks at, as shares of the height: the joint and the bone next to it
-HALF = 4 / 7  # the width of each of its two halves, as a share of the picture's: they overlap in the middle
+HALF = 4 / 7  # the width of each of its two halves, as a share of the picture's: squares that overlap in the middle
 
 K = len(GRADES)
 SUBSETS = {"train": 0.70, "val": 0.15, "test": 0.15}  # share of the pictures
@@ -291,7 +291,7 @@ def band(size):
 
 
 class KneeNet(nn.Module):
-    """Standardized pictures, float (N, 1, S, S) with S of 64 or more, to logits (N, 5).
+    """Standardized pictures, float (N, 1, S, S) with S of 64 or more, or the rows band(S) of them alone, to logits (N, 5).
 
     The picture is cut to the band around the joint, then in two halves that overlap by a seventh of the width; the right
     half is mirrored, so that the middle of the knee is on the same side in both, and both go through the same layers (after
@@ -318,9 +318,10 @@ class KneeNet(nn.Module):
 
     @staticmethod
     def halves(x):
-        """(N, C, S, S) -> (2N, C, 4/7 S, 4/7 S): the left halves of the joint, then the right ones, mirrored."""
+        """(N, C, S, S), or the band of it, -> (2N, C, 4/7 S, 4/7 S): the left halves of the joint, then the right ones,
+        mirrored."""
         size = x.shape[-1]
-        if x.shape[-2] == size:  # in training only the rows of the band come in
+        if x.shape[-2] == size:  # a whole picture; in training `augment` makes the band alone
             x = x[:, :, band(size)]
         half = round(HALF * size)
         return torch.cat((x[..., :half], x.flip(3)[..., :half])).contiguous(memory_format=torch.channels_last)
