@@ -391,7 +391,7 @@ def standardize_once(images):
 def resample(images, matrices, rows=slice(None)):
     """Pictures (N, 1, S, S) to float pictures of the same shape, or to these `rows` of them: a pixel at (x, y) takes what
     is at matrix @ (x, y, 1) in the old picture, both counted from -1 to 1 over its side; past the margin, the margin is
-    repeated. `matrices` is (N, 2, 3), or (1, 2, 3) for one that is the same for all.
+    repeated. `rows` is a slice; `matrices` is (N, 2, 3), or (1, 2, 3) for one that is the same for all.
     """
     size = images.shape[-1]
     centre = (torch.arange(size, device=images.device) + 0.5) * 2 / size - 1  # of each pixel, along one side
@@ -552,7 +552,8 @@ def train(train_set, val_set, config, run, bars=True):
             for step, index in enumerate(shuffled[: steps * batch].split(batch), 1):
                 grades = train_set.grades[index]  # int64 (B,)
                 images = standardized.index_select(0, index)  # int8 (B, 1, S, S); by [index] it takes nine times as long
-                images = augment(images, chance, config.augment, band(config.size)).div_(STEPS)
+                seen = band(images.shape[-1])  # the rest would be made for nothing
+                images = augment(images, chance, config.augment, seen).div_(STEPS)  # float (B, 1, 4/7 S, S)
                 with half_precision(device):
                     logits = net(images).float()  # (B, 5)
                 loss = loss_of(logits, grades, shares, config)

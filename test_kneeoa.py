@@ -375,6 +375,14 @@ def test_augmentation_is_drawn_from_its_generator_alone():
     assert 0 <= first.min() and first.max() <= 255
 
 
+def test_training_makes_only_the_rows_that_the_network_looks_at_whatever_the_size(phantoms, tmp_path, monkeypatch):
+    shown, forward = [], KneeNet.forward
+    monkeypatch.setattr(KneeNet, "forward", lambda net, x: shown.append((net.training, *x.shape[1:])) or forward(net, x))
+    dataset = KneeFolder(phantoms, size=64)  # and not the 224 of the settings
+    kneeoa.train(dataset, dataset, Config(widths=(8, 16), epochs=1), tmp_path)
+    assert set(shown) == {(True, 1, 37, 64), (False, 1, 64, 64)}  # rows 18 to 54 of 64
+
+
 def test_rows_that_are_augmented_alone_are_those_of_the_whole_picture():
     images, rows = torch.randint(0, 256, (9, 1, 97, 97), dtype=torch.uint8), kneeoa.band(97)
     whole, part = (kneeoa.augment(images, torch.Generator().manual_seed(0), 1.0, which) for which in (slice(None), rows))
