@@ -78,11 +78,11 @@ class Config:
 
     size: int = setting(224, 64, 1024, "side of the square pictures, in pixels")
     batch: int = setting(64, 2, 4096, "pictures per step of the optimizer at most, small sets take fewer")
-    epochs: int = setting(24, 1, 10_000, "passes over the training subset, 16 for 3000 pictures or more")
+    epochs: int = setting(24, 1, 10_000, "passes over the training subset")
     lr: float = setting(2e-3, 1e-6, 1.0, "highest learning rate of the schedule")
     weight_decay: float = setting(0.02, 0.0, 1.0, "share of each weight that a step at rate 1 would take away")
     dropout: float = setting(0.3, 0.0, 0.95, "share of the features hidden from the last layer in training")
-    widths: tuple = setting((16, 48, 96, 192), 4, 1024, "channels of each stage, with commas: 16,48,96,192")
+    widths: tuple = setting((32, 64, 96, 192), 4, 1024, "channels of each stage, with commas: 32,64,96,192")
     softness: float = setting(0.5, 0.0, 10.0, "how far a target leaks to the neighbouring grades, 0: not at all")
     balance: float = setting(0.2, 0.0, 1.0, "answer as if grades were 0: as frequent as they are, 1: equally frequent")
     augment: float = setting(1.0, 0.0, 3.0, "strength of the random changes to training pictures, 0: none")
@@ -501,12 +501,6 @@ def batch_for(n, config):
     shrinks, down to 8. Many small steps learn more from few pictures than few large ones, and than more epochs, which
     learn them by heart: see "What paid" in README.md."""
     return min(config.batch, max(8, n // 75), n)
-
-
-def epochs_for(n):
-    """Passes over n training pictures where the command line names none. Few pictures are worth seeing often; of many, as
-    Chen's set has, 16 teach as much as 24 and take two thirds of the time: see "What paid" in README.md."""
-    return Config.epochs if n < 3000 else 16
 
 
 def train(train_set, val_set, config, run, bars=True):
@@ -1172,13 +1166,10 @@ def training_sets(data, run, config, device, patients_file):
     return [KneeFolder(data, [x for x in xrays if x.subset == s], config.size, device) for s in ("train", "val")]
 
 
-def command_train(data, run, config, device, patients_file=None, choose_epochs=False):
-    """Trains on the split of the run, which is made if it is missing, then tests. With `choose_epochs`, `epochs_for` sets the
-    number of epochs in place of the config."""
+def command_train(data, run, config, device, patients_file=None):
+    """Trains on the split of the run, which is made if it is missing, then tests."""
     sets = training_sets(data, run, config, device, patients_file)
     n, threads = len(sets[0]), f" with {torch.get_num_threads()} threads" if device.type == "cpu" else ""
-    if choose_epochs:
-        config = replace(config, epochs=epochs_for(n))
     print(f"training on {n} pictures in batches of {batch_for(n, config)} for {config.epochs} epochs, "
           f"validating on {len(sets[1])}, {count_weights(KneeNet(config.widths)):,} weights, on {device}{threads}")
     train(*sets, config, run)
@@ -1337,7 +1328,7 @@ def run_command(argv):
     if command == "split":
         return command_split(data, run, config, patients_file)
     if command == "train":
-        return command_train(data, run, config, device, patients_file, choose_epochs="epochs" not in settings)
+        return command_train(data, run, config, device, patients_file)
     if command == "tune":
         return command_tune(data, run, grid, device, patients_file)
     # The other commands take the settings of the run; one that is typed must not say otherwise.

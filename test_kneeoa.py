@@ -441,17 +441,6 @@ def test_small_sets_take_smaller_batches_so_that_an_epoch_has_steps_enough():
     assert kneeoa.batch_for(800, Config(batch=4)) == 4  # a setting is never exceeded
 
 
-def test_large_sets_take_fewer_epochs_unless_the_command_line_names_them(phantoms, tmp_path, monkeypatch):
-    assert [kneeoa.epochs_for(n) for n in (60, 1646, 4908)] == [Config().epochs, Config().epochs, 16]
-    monkeypatch.setattr(kneeoa, "epochs_for", lambda n: 1 if n < 90 else 3)  # of the 90 phantoms, 63 or so are trained on
-    for run, words in ((tmp_path / "chosen", []), (tmp_path / "named", ["--epochs", "2"])):
-        settings = ["--size", "64", "--widths", "8", *words]
-        assert kneeoa.main(["train", "--data", str(phantoms), "--run", str(run), *settings]) == 0
-        assert kneeoa.main(["test", "--data", str(phantoms), "--run", str(run), *words]) == 0
-        assert json.loads((run / "metrics.json").read_text())["subset"] == "test"  # so the training is finished
-    assert len(rows(tmp_path / "chosen" / "history.csv")) == 1 and len(rows(tmp_path / "named" / "history.csv")) == 2
-
-
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries have no such setting")
 def test_freed_memory_is_kept_for_the_next_step():
     program = """
