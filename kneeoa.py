@@ -101,7 +101,7 @@ class Config:
                 good = isinstance(value, (int, type(f.default))) and low <= value <= high
                 wanted = f"from {low:g} to {high:g}"
             if not good:
-                raise KneeError(f"--{f.name.replace('_', '-')} {value}: must be {wanted}")
+                raise KneeError(f"--{f.name.replace('_', '-')} {text_of(value)}: must be {wanted}")
 
 
 # ------------------------------------------------------------------------------------------------------------- reading
@@ -1274,7 +1274,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse_widths(text):
-    return tuple(int(width) for width in text.split(","))
+    return tuple(int(width) if width.isdecimal() else width for width in text.split(","))  # Config refuses the others
 
 
 def text_of(value):
