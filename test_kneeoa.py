@@ -688,6 +688,16 @@ def test_the_heat_of_a_trained_network_lies_at_the_joint(phantoms, tmp_path):
     assert share > 0.5, share
 
 
+def test_a_heat_map_is_of_the_grade_that_is_decided(monkeypatch):
+    torch.manual_seed(0)
+    net, images = KneeNet((8, 16)), torch.randint(256, (2, 1, 64, 64), dtype=torch.uint8)
+    heats = []
+    for grade in (1, 1, 3):
+        monkeypatch.setattr(kneeoa, "decide", lambda answers, grade=grade: torch.full((len(answers),), grade))
+        heats.append(kneeoa.heat_maps(net, images)[0])
+    assert torch.equal(heats[0], heats[1]) and not torch.allclose(heats[0], heats[2], atol=0.1)
+
+
 # ------------------------------------------------------------------------------------------- nothing lost, nothing wrong
 
 
