@@ -449,7 +449,7 @@ def decide(probabilities):
     the square root of d.
 
     What is probable and what to answer are two questions. If all errors cost the same, the best answer is the most
-    probable grade; but four knees in ten are of grade 0, so it hardly ever is grade 1. If an error costs d, it is the median
+    probable grade; but four knees in ten are of grade 0, so it seldom is grade 1. If an error costs d, it is the median
     of the probabilities, which finds more of grade 1 and is right less often. The root lies between: .4, .3 and .3 for the
     grades 0, 1 and 2 make grade 1. README.md has the figures.
     """
@@ -1232,7 +1232,8 @@ def command_plot(data, run, device):
 
 
 def command_predict(run, device, images, heatmap=None):
-    """Prints grade, its name and the probability of each grade for picture files; draws their heat maps into `heatmap`."""
+    """Prints grade (by `decide`), its name and the probability of each grade for picture files; draws their heat maps into
+    `heatmap`."""
     checkpoint = load_checkpoint(run / "best.pt")
     net, size = load_net(checkpoint, device), checkpoint["config"].size
     pictures = torch.from_numpy(np.stack(in_threads(lambda path: read_xray(path, size), images, "decode")))[:, None].to(device)

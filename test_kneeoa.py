@@ -486,6 +486,18 @@ def test_the_answer_costs_least_where_d_grades_off_cost_the_root_of_d():
     assert kneeoa.decide(answers).tolist() == cheapest != answers.argmax(1).tolist()
 
 
+def test_all_grades_that_are_counted_written_or_printed_are_decided(phantoms, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(kneeoa, "decide", lambda answers: torch.full((len(answers),), 2))
+    run, words = tmp_path / "run", ["--size", "64", "--widths", "8", "--epochs", "1"]
+    assert kneeoa.main(["train", "--data", str(phantoms), "--run", str(run), *words]) == 0
+    grades = [r["grade"] for r in rows(run / "split.csv") if r["subset"] == "val"]
+    assert float(rows(run / "history.csv")[0]["val_accuracy"]) == pytest.approx(grades.count("2") / len(grades))
+    assert {r["predicted"] for r in rows(run / "predictions.csv")} == {"2"}
+    capsys.readouterr()
+    assert kneeoa.main(["predict", str(next(phantoms.glob("0/*"))), "--run", str(run)]) == 0
+    assert "minimal" in capsys.readouterr().out
+
+
 def test_the_best_epoch_is_the_one_with_the_highest_validation_kappa(trained, phantoms):
     history = rows(trained / "history.csv")
     best = kneeoa.load_checkpoint(trained / "best.pt")
