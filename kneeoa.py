@@ -717,21 +717,17 @@ def drop_equal_pictures(folder, xrays):
 def in_threads(function, items, title):
     """[function(item) for item in items], on all cores: Pillow decodes without holding Python's lock, so threads are
     enough. Every item that raises KneeError is tried and told, not the first alone."""
-    broken = []
+    results, broken = [], []
 
-    def attempt(part):
-        results = []
-        for item in part:
-            try:
-                results.append(function(item))
-            except KneeError as error:
-                broken.append(str(error))
-        return results
+    def attempt(item):
+        try:
+            return function(item)
+        except KneeError as error:
+            broken.append(str(error))
 
     parts = [items[i : i + 32] for i in range(0, len(items), 32)]  # one by one, handing over would cost a fifth more
-    results = []
     with ThreadPoolExecutor(os.cpu_count()) as pool, tqdm(desc=title, total=len(items), unit=" pictures", leave=False) as bar:
-        for part in pool.map(attempt, parts):
+        for part in pool.map(lambda part: list(map(attempt, part)), parts):
             results += part
             bar.update(len(part))
     if broken:
