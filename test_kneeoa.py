@@ -199,9 +199,19 @@ def test_a_given_split_is_kept(tmp_path):
     assert len(split) == len(names) and all(x.path.startswith(x.subset + "/") for x in split)
 
 
+def test_the_program_says_which_layout_it_found(tmp_path):
+    found = {"": "layout: folders by grade, split here by patient", "train/ val/ test/": "layout: train, val, test as the folders give them",
+             "train/ val/": "no test given: the figures will be of the validation subset"}
+    for subsets, told in found.items():
+        names = [n for i, prefix in enumerate(subsets.split() or [""]) for n in patient_names(3, prefix, 100 * i)]
+        notes = kneeoa.make_split(folder_of(tmp_path / str(len(subsets)), names), 0)[1]
+        assert told in notes and not any("no patient" in note for note in notes)
+
+
 def test_without_val_it_is_taken_from_train_by_patient_and_test_is_kept(tmp_path):
     folder_of(tmp_path, patient_names(8, "train/") + patient_names(2, "test/", 100))
-    split, _ = kneeoa.make_split(tmp_path, 0)
+    split, notes = kneeoa.make_split(tmp_path, 0)
+    assert "no val given: it is taken from train, by patient" in notes
     assert all((x.subset == "test") == x.path.startswith("test/") for x in split)
     patients = {s: {x.patient for x in split if x.subset == s} for s in ("train", "val")}
     assert patients["val"] and not patients["train"] & patients["val"]
@@ -344,6 +354,11 @@ def test_the_answer_to_a_picture_is_the_mean_over_its_views():
     assert all(not torch.allclose(views[0], view, atol=1e-4) for view in views[1:])
 
 
+def test_no_view_is_farther_off_than_training_pictures_are():
+    for zoom, *shifts in kneeoa.VIEWS:  # `augment` says how far those are
+        assert 1 / 1.17 < zoom < 1.17 and all(abs(shift) < 0.08 for shift in shifts)
+
+
 def test_a_view_enlarges_about_the_middle_and_shifts_right_and_down():
     picture = torch.zeros(1, 1, 64, 64)
     picture[..., 16:48, 16:48] = 255  # 32 pixels wide
@@ -439,6 +454,17 @@ def test_small_sets_take_smaller_batches_so_that_an_epoch_has_steps_enough():
     sizes = {n: kneeoa.batch_for(n, Config(batch=64)) for n in (5, 60, 800, 1646, 4908)}
     assert sizes == {5: 5, 60: 8, 800: 10, 1646: 21, 4908: 64}
     assert kneeoa.batch_for(800, Config(batch=4)) == 4  # a setting is never exceeded
+
+
+def test_the_learning_rate_rises_for_a_quarter_of_the_steps_and_then_falls_to_nothing(phantoms, tmp_path, monkeypatch):
+    rates, step = [], torch.optim.Adam.step
+    monkeypatch.setattr(torch.optim.Adam, "step", lambda adam: rates.append(adam.param_groups[0]["lr"]) or step(adam))
+    dataset = KneeFolder(phantoms, size=64)
+    kneeoa.train(dataset, dataset, Config(size=64, widths=(8, 16), epochs=4, lr=1e-2), tmp_path)
+    assert len(rates) == 44 and rates.index(max(rates)) in (10, 11) and max(rates) == pytest.approx(1e-2, rel=0.03)
+    assert rates == sorted(rates[:11]) + sorted(rates[11:], reverse=True)
+    assert 0 < rates[0] < 1.2e-3 and 0 < rates[-1] < 1e-4
+    assert rates[27] == pytest.approx(5e-3, rel=0.02)  # half of it, halfway down: at 5 of 8 of the training
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries have no such setting")
@@ -788,6 +814,7 @@ def test_the_test_subset_waits_until_training_is_finished(phantoms, tmp_path, mo
 
 
 def test_ctrl_c_ends_in_one_line_that_says_how_to_go_on(phantoms, tmp_path):
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # tests that run in the background were told to ignore Ctrl-C
     process = subprocess.Popen(command("train", "--data", phantoms, "--run", tmp_path, "--size", "64", "--epochs", "500"),
                                stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     while not (tmp_path / "history.csv").exists():
@@ -949,7 +976,7 @@ def test_a_run_folder_that_cannot_be_written_is_named(phantoms, tmp_path, capsys
     (tmp_path / "file").write_text("no folder")
     assert kneeoa.main(["split", "--data", str(phantoms), "--run", str(tmp_path / "file" / "run")]) == 2
     err = capsys.readouterr().err
-    assert "file" in err and err.count("\n") == 1
+    assert str(tmp_path / "file") in err and err.count("\n") == 1
 
 
 @pytest.mark.parametrize("words, told", [
