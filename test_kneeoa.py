@@ -209,12 +209,13 @@ def test_the_program_says_which_layout_it_found(tmp_path):
 
 
 def test_without_val_it_is_taken_from_train_by_patient_and_test_is_kept(tmp_path):
-    folder_of(tmp_path, patient_names(8, "train/") + patient_names(2, "test/", 100))
+    folder_of(tmp_path, patient_names(20, "train/") + patient_names(2, "test/", 100))
     split, notes = kneeoa.make_split(tmp_path, 0)
     assert "no val given: it is taken from train, by patient" in notes
     assert all((x.subset == "test") == x.path.startswith("test/") for x in split)
     patients = {s: {x.patient for x in split if x.subset == s} for s in ("train", "val")}
-    assert patients["val"] and not patients["train"] & patients["val"]
+    assert not patients["train"] & patients["val"]
+    assert all(4 <= n <= 8 for n in Counter(x.grade for x in split if x.subset == "val").values())  # 15 % of 40 are 6
 
 
 def test_a_patient_in_two_given_subsets_is_refused(tmp_path):
@@ -354,9 +355,10 @@ def test_the_answer_to_a_picture_is_the_mean_over_its_views():
     assert all(not torch.allclose(views[0], view, atol=1e-4) for view in views[1:])
 
 
-def test_no_view_is_farther_off_than_training_pictures_are():
-    for zoom, *shifts in kneeoa.VIEWS:  # `augment` says how far those are
+def test_views_are_no_farther_off_than_training_pictures_and_to_all_sides_alike():
+    for zoom, *shifts in kneeoa.VIEWS:  # `augment` says how far training pictures are
         assert 1 / 1.17 < zoom < 1.17 and all(abs(shift) < 0.08 for shift in shifts)
+    assert np.sum(kneeoa.VIEWS, 0)[1:].tolist() == [0, 0] and len(set(kneeoa.VIEWS)) == len(kneeoa.VIEWS)
 
 
 def test_a_view_enlarges_about_the_middle_and_shifts_right_and_down():
@@ -431,6 +433,8 @@ def test_augmentation_turns_scales_shifts_and_mirrors_within_its_bounds(monkeypa
     scale = matrices[:, :, :2].det().abs().sqrt()
     assert 13 < turned.abs().max() < 19 and matrices[:, :, 2].abs().max() <= 0.17 and 0.8 < scale.min() < scale.max() < 1.25
     assert 10 < (matrices[:, 0, 0] < 0).sum() < 40  # about half are mirrored
+    across, down = matrices[:, :, :2].unbind(1)
+    assert (across * down).sum(1).abs().max() < 1e-6  # a right angle stays one: nothing is sheared
 
 
 def test_only_training_pictures_are_augmented_and_each_epoch_trains_in_train_mode(phantoms, tmp_path, monkeypatch):
@@ -842,6 +846,12 @@ def test_a_run_is_not_gone_on_with_under_other_settings_or_with_other_pictures(p
     changed = next(x for x in rows(trained / "split.csv") if x["subset"] == "train")["path"]
     xray_file(other / changed)
     assert kneeoa.main(["train", "--data", str(other), "--run", str(trained), *SMALL]) == 2
+    assert "the pictures or their split were others" in capsys.readouterr().err
+    shutil.copytree(trained, tmp_path / "regraded")
+    split = (trained / "split.csv").read_text()
+    regraded = split.replace(f"{changed},{changed[0]},", f"{changed},{(int(changed[0]) + 1) % 5},")
+    (tmp_path / "regraded" / "split.csv").write_text(regraded)
+    assert kneeoa.main(["train", "--data", str(phantoms), "--run", str(tmp_path / "regraded"), *SMALL]) == 2
     assert "the pictures or their split were others" in capsys.readouterr().err
     assert kneeoa.main(["split", "--data", str(phantoms), "--run", str(trained)]) == 2
 
