@@ -283,6 +283,14 @@ def test_the_default_network_has_at_most_two_million_weights():
     assert kneeoa.count_weights(KneeNet()) <= 2_000_000
 
 
+def test_a_residual_begins_as_the_identity_and_can_learn():
+    residual, x = kneeoa.Residual(8), torch.randn(2, 8, 6, 6)
+    y = residual(x)
+    assert torch.equal(y, x.relu())
+    y.square().sum().backward()
+    assert residual.body[-1].weight.grad.abs().min() > 0  # with another weight at zero, nothing would ever move it
+
+
 def test_a_knee_and_its_mirror_image_get_the_same_answer():
     net, images = KneeNet((8, 16)).eval(), torch.randn(3, 1, 64, 64)
     torch.nn.init.normal_(net.grade.weight)
@@ -435,6 +443,7 @@ def test_augmentation_turns_scales_shifts_and_mirrors_within_its_bounds(monkeypa
     assert 10 < (matrices[:, 0, 0] < 0).sum() < 40  # about half are mirrored
     across, down = matrices[:, :, :2].unbind(1)
     assert (across * down).sum(1).abs().max() < 1e-6  # a right angle stays one: nothing is sheared
+    assert 0.05 < (across.norm(dim=1) / down.norm(dim=1)).log().abs().max() < 0.086  # the proportions
 
 
 def test_only_training_pictures_are_augmented_and_each_epoch_trains_in_train_mode(phantoms, tmp_path, monkeypatch):
@@ -458,6 +467,23 @@ def test_small_sets_take_smaller_batches_so_that_an_epoch_has_steps_enough():
     sizes = {n: kneeoa.batch_for(n, Config(batch=64)) for n in (5, 60, 800, 1646, 4908)}
     assert sizes == {5: 5, 60: 8, 800: 10, 1646: 21, 4908: 64}
     assert kneeoa.batch_for(800, Config(batch=4)) == 4  # a setting is never exceeded
+
+
+def test_loss_and_accuracy_of_training_are_means_over_all_batches_of_the_epoch(phantoms, tmp_path, monkeypatch):
+    losses, right, cross_entropy = [], [], kneeoa.F.cross_entropy
+
+    def watched(logits, targets):
+        loss = cross_entropy(logits, targets)
+        if loss.requires_grad:  # in training alone
+            losses.append(loss.item())
+            right.append((kneeoa.decide(logits.detach().softmax(1)) == targets.argmax(1)).float().mean().item())
+        return loss
+
+    monkeypatch.setattr(kneeoa.F, "cross_entropy", watched)
+    dataset = KneeFolder(phantoms, size=64)
+    figures = kneeoa.train(dataset, dataset, Config(size=64, widths=(8, 16), epochs=1), tmp_path)["figures"]
+    assert len(losses) == 11
+    assert figures["train_loss"] == pytest.approx(np.mean(losses)) and figures["train_accuracy"] == pytest.approx(np.mean(right))
 
 
 def test_the_learning_rate_rises_for_a_quarter_of_the_steps_and_then_falls_to_nothing(phantoms, tmp_path, monkeypatch):
