@@ -200,7 +200,8 @@ def test_a_given_split_is_kept(tmp_path):
 
 
 def test_the_program_says_which_layout_it_found(tmp_path):
-    found = {"": "layout: folders by grade, split here by patient", "train/ val/ test/": "layout: train, val, test as the folders give them",
+    found = {"": "layout: folders by grade, split here by patient",
+             "train/ val/ test/": "layout: train, val, test as the folders give them",
              "train/ val/": "no test given: the figures will be of the validation subset"}
     for subsets, told in found.items():
         names = [n for i, prefix in enumerate(subsets.split() or [""]) for n in patient_names(3, prefix, 100 * i)]
