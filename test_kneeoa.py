@@ -737,11 +737,15 @@ def test_tune_ranks_by_validation_and_goes_on_where_it_was_stopped(phantoms, tra
     assert kneeoa.main([*words, "--lr", "1e-3", "1e-2", "3e-3"]) == 0
     after = rows(tmp_path / "tune.csv")
     assert trainings == [3e-3] and after[:2] == before and len(after) == 3
+    for row, (loss, accuracy, kappa) in zip(after, ((0.1, 0.3, 0.1), (0.2, 0.2, 0.3), (0.3, 0.1, 0.2))):
+        row |= {"val_loss": loss, "val_accuracy": accuracy, "val_kappa": kappa}  # three figures, three orders
+    kneeoa.save_csv(tmp_path / "tune.csv", after[0], [row.values() for row in after])
+    capsys.readouterr()
+    assert kneeoa.main([*words, "--lr", "1e-3", "1e-2", "3e-3"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    kappas = [float(line.split()[-1]) for line in lines[1:4]]
-    assert kappas == sorted(kappas, reverse=True) == sorted((float(row["val_kappa"]) for row in after), reverse=True)
-    best = max(after, key=lambda row: float(row["val_kappa"]))
-    assert f"--lr {best['lr']}" in lines[-1] and "train" in lines[-1]
+    assert [line.split()[0] for line in lines[1:4]] == ["1", "2", "3"]
+    assert [float(line.split()[-1]) for line in lines[1:4]] == [0.3, 0.2, 0.1]  # by kappa
+    assert "--lr 0.01" in lines[-1] and "train" in lines[-1] and trainings == [3e-3]
     assert not list(tmp_path.rglob("metrics.json"))  # nothing was tested
 
 
