@@ -890,8 +890,8 @@ def join_halves(halves, size):
 
 
 def heat_maps(net, images):
-    """Grad-CAM (Selvaraju et al., 2017) of pictures uint8 (N, 1, S, S): heat (N, S, S) from 0 to 1 and probabilities
-    (N, 5). Each channel of the last feature maps counts as much as the predicted grade's logit would rise with it."""
+    """Grad-CAM (Selvaraju et al., 2017): pictures uint8 (N, 1, S, S) to heat (N, S, S) from 0 to 1. Each channel of the last
+    feature maps counts as much as the predicted grade's logit would rise with it."""
     net.eval()
     maps = net.features(KneeNet.halves(moved(standardize(images), *MAIN_VIEW)))  # (2N, C, H, W)
     logits = net.head(maps)
@@ -899,7 +899,7 @@ def heat_maps(net, images):
     slopes = torch.autograd.grad(logits.gather(1, predicted).sum(), maps)[0].mean((2, 3), keepdim=True)  # (2N, C, 1, 1)
     heat = F.relu((slopes * maps).sum(1, keepdim=True)).detach()  # (2N, 1, H, W)
     whole = join_halves(heat, images.shape[-1])[:, 0]  # (N, S, S)
-    return whole / whole.amax((1, 2), keepdim=True).clamp(min=1e-9), logits.detach().softmax(1)
+    return whole / whole.amax((1, 2), keepdim=True).clamp(min=1e-9)
 
 
 def new_figure(width, height):
@@ -1220,7 +1220,7 @@ def command_plot(data, run, device):
     for right, grade in itertools.product((True, False), range(K)):
         shown.append(next(((x, p) for x, p in answered if x.grade == grade and (p == grade) == right), None))
     dataset = KneeFolder(data, [pair[0] for pair in shown if pair], checkpoint["config"].size, device)
-    heats, _ = heat_maps(load_net(checkpoint, device), dataset.images)
+    heats = heat_maps(load_net(checkpoint, device), dataset.images)
     pictures = iter(zip(dataset.images[:, 0].cpu().numpy(), heats.cpu().numpy(), dataset.grades.tolist()))
     cells = [pair and (*next(pictures), pair[1]) for pair in shown]
     draw_report(run / "report.png", run.name, history, checkpoint["epoch"], result, cells)
@@ -1239,7 +1239,7 @@ def command_predict(run, device, images, heatmap=None):
         (path, grade, GRADES[grade], *(f"{p:.3f}" for p in answer))
         for path, grade, answer in zip(images, grades, answers.tolist())]))
     if heatmap:
-        draw_heat_maps(heatmap, pictures, heat_maps(net, pictures)[0], grades, images)
+        draw_heat_maps(heatmap, pictures, heat_maps(net, pictures), grades, images)
         print(f"drawn: {heatmap}")
 
 
