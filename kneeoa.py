@@ -19,6 +19,7 @@ SPDX-License-Identifier: MIT
 """
 
 import argparse
+import copy
 import csv
 import ctypes
 import hashlib
@@ -44,7 +45,6 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageFilter, ImageOps
 from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 # What makes this a program about knees. For hips, hands or chests change these lines first; README.md lists the rest.
@@ -410,7 +410,8 @@ def augment(images, generator, strength=1.0, rows=slice(None)):
 
     The random numbers come from `generator`, which is on the CPU and so draws the same for every device.
     """
-    turn, zoom, stretch, right, down, mirror = torch.rand(6, len(images), generator=generator).to(images.device) * 2 - 1
+    drawn = torch.rand(6, len(images), generator=generator).to(images.device, non_blocking=True)  # the CPU need not wait
+    turn, zoom, stretch, right, down, mirror = drawn * 2 - 1
     turn = math.radians(17) * strength * turn
     right, down = 0.17 * strength * right, 0.17 * strength * down  # from -1 to 1 is the whole width, so 0.17 is 8.5 % of it
     high = torch.exp(0.17 * strength * zoom)
@@ -418,8 +419,10 @@ def augment(images, generator, strength=1.0, rows=slice(None)):
     flip = mirror.sign()
     matrices = torch.stack((flip * wide * turn.cos(), -wide * turn.sin(), right,
                             flip * high * turn.sin(), high * turn.cos(), down), 1)
-    # Eight pictures at a time, so that what is worked out for them is still in the processor's cache when it is used.
-    parts = zip(images.split(8), matrices.view(-1, 2, 3).split(8))
+    # Eight pictures at a time, so that what is worked out for them is still in the processor's cache when it is used. A GPU
+    # is faster with all at once.
+    together = 8 if images.device.type == "cpu" else len(images)
+    parts = zip(images.split(together), matrices.view(-1, 2, 3).split(together))
     return torch.cat([resample(part, matrix, rows) for part, matrix in parts])
 
 
@@ -496,6 +499,14 @@ def evaluate(net, dataset, targets):
     return F.cross_entropy(answers.clamp(min=1e-9).log(), targets[dataset.grades]).item(), answers
 
 
+def follow(average, net, share):
+    """Moves each weight of the network `average`, and what its batch norms remember, this share of the way to those of
+    `net`: done after every step, it makes a running average of about the last 1 / share steps."""
+    for mean, now in zip(average.state_dict().values(), net.state_dict().values()):
+        if mean.is_floating_point():  # batch norm counts its batches too, and nobody asks for that
+            mean.lerp_(now, share)
+
+
 def batch_for(n, config):
     """Pictures per step where n are trained on: where the largest batch would leave an epoch with less than 75 steps, it
     shrinks, down to 8. Many small steps learn more from few pictures than few large ones, and than more epochs, which
@@ -522,8 +533,9 @@ def train(train_set, val_set, config, run, bars=True):
     steps = len(train_set) // batch  # an epoch leaves out the last, incomplete batch, other pictures each time
     schedule = torch.optim.lr_scheduler.LambdaLR(adam, lambda step: rate((step + 1) / (steps * config.epochs + 1)))
     # What is validated, kept and tested is a running average of the weights over about the last twentieth of all steps
-    # (Polyak and Juditsky, 1992): single steps at a high rate throw the network about, their mean stays in the middle.
-    average = AveragedModel(net, use_buffers=True)  # each epoch says anew how far back it reaches
+    # (Polyak and Juditsky, 1992): single steps at a high rate throw the network about, their mean stays in the middle. At
+    # first it is over the last quarter of the steps done, or untrained weights would weigh most.
+    average = copy.deepcopy(net)
     targets = soft_targets(config.softness, device)  # (5, 5), a row for each grade
 
     state = {"net": net, "average": average, "adam": adam, "schedule": schedule}  # what a resumed run must find again
@@ -537,8 +549,6 @@ def train(train_set, val_set, config, run, bars=True):
         order, chance = (torch.Generator().manual_seed(s) for s in seeds[:2])
         torch.manual_seed(seeds[2])  # dropout
         shuffled = torch.randperm(len(train_set), generator=order).to(device)
-        reach = steps * min(config.epochs / 20, epoch / 4)  # in steps; fewer at first, or untrained weights would weigh most
-        average.multi_avg_fn = get_ema_multi_avg_fn(max(0.0, 1 - 1 / reach))
         net.train()  # here validation has a copy of its own; whoever validates `net` itself needs this line in every epoch
         sums, shown = torch.zeros(2, device=device), start  # of loss and accuracy; they stay on the device
         title = f"epoch {epoch:{len(str(config.epochs))}}/{config.epochs}"
@@ -555,7 +565,8 @@ def train(train_set, val_set, config, run, bars=True):
                 loss.backward()
                 adam.step()
                 schedule.step()
-                average.update_parameters(net)
+                done = (epoch - 1) * steps + step
+                follow(average, net, 1 / max(1, min(done / 4, steps * config.epochs / 20)))
                 sums += torch.stack((loss.detach(), (decide(logits.detach().softmax(1)) == grades).float().mean()))
                 bar.update()
                 if step == steps or time.perf_counter() - shown > 0.3:  # not at each step: .tolist() waits for the GPU
@@ -564,7 +575,7 @@ def train(train_set, val_set, config, run, bars=True):
                     bar.set_postfix_str(f"loss {train_loss:.3f} accuracy {train_accuracy:.3f}", refresh=False)
             seconds = time.perf_counter() - start
 
-            val_loss, answers = evaluate(average.module, val_set, targets)
+            val_loss, answers = evaluate(average, val_set, targets)
             if not math.isfinite(train_loss + val_loss):
                 raise KneeError(f"epoch {epoch}: the loss is no number any more, "
                                 f"try --lr {config.lr / 4:.1g} and another --run")
@@ -578,7 +589,7 @@ def train(train_set, val_set, config, run, bars=True):
         history.append(row)
         # The line that chooses: the highest kappa on the validation subset, of equals the one with the lower loss.
         if best is None or (kappa, -val_loss) > (best["figures"]["val_kappa"], -best["figures"]["val_loss"]):
-            weights = {name: tensor.clone() for name, tensor in average.module.state_dict().items()}
+            weights = {name: tensor.clone() for name, tensor in average.state_dict().items()}
             best = {"epoch": epoch, "figures": dict(zip(HISTORY, row)), "net": weights}
         keep(run, begun, history, best, state)
     return load_checkpoint(run / "best.pt")

@@ -1,4 +1,5 @@
-"""What kneeoa promises, one test a promise. All of it runs on phantoms, on a CPU, with no network and no display."""
+"""What kneeoa promises, one test a promise. All of it runs on phantoms, with no network and no display;
+where there is a GPU, the program takes it, and two more tests are of that."""
 
 import csv
 import json
@@ -10,6 +11,7 @@ import struct
 import subprocess
 import sys
 import time
+import warnings
 import zlib
 from collections import Counter, defaultdict
 from pathlib import Path
@@ -544,7 +546,7 @@ def test_the_answer_costs_least_where_d_grades_off_cost_the_root_of_d():
 
 
 def test_all_grades_that_are_counted_written_or_printed_are_decided(phantoms, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(kneeoa, "decide", lambda answers: torch.full((len(answers),), 2))
+    monkeypatch.setattr(kneeoa, "decide", lambda answers: torch.full((len(answers),), 2, device=answers.device))
     run, words = tmp_path / "run", ["--size", "64", "--widths", "8", "--epochs", "1"]
     assert kneeoa.main(["train", "--data", str(phantoms), "--run", str(run), *words]) == 0
     grades = [r["grade"] for r in rows(run / "split.csv") if r["subset"] == "val"]
@@ -578,7 +580,7 @@ def test_after_one_epoch_what_is_validated_is_nearer_to_the_trained_weights_than
     torch.manual_seed(config.seed)
     first, last = KneeNet(config.widths).state_dict(), torch.load(tmp_path / "last.pt", weights_only=True)
     for name in ("features.0.weight", "grade.weight", "features.2.running_var"):
-        trained, validated = last["net"][name], last["average"][f"module.{name}"]
+        trained, validated = last["net"][name], last["average"][name]
         assert (validated - trained).norm() < (validated - first[name]).norm(), name
 
 
@@ -590,6 +592,41 @@ def test_same_seed_same_weights_in_two_processes(phantoms, tmp_path):
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes(), file
     first, second = (kneeoa.load_checkpoint(tmp_path / name / "best.pt")["net"] for name in "ab")
     assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+def test_a_gpu_is_waited_for_at_no_step(phantoms, tmp_path, monkeypatch):
+    dataset, augment, evaluate, steps = KneeFolder(phantoms, size=64, device="cuda"), kneeoa.augment, kneeoa.evaluate, []
+
+    def begin(*rest):  # of a step
+        torch.cuda.set_sync_debug_mode("warn")
+        steps.append(time.perf_counter())
+        return augment(*rest)
+
+    def end(*rest):  # of an epoch's steps
+        torch.cuda.set_sync_debug_mode("default")
+        return evaluate(*rest)
+
+    monkeypatch.setattr(kneeoa, "augment", begin)
+    monkeypatch.setattr(kneeoa, "evaluate", end)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        kneeoa.train(dataset, dataset, Config(size=64, widths=(8, 16), epochs=4, batch=4), tmp_path)
+    waits = sum("synchroniz" in str(warning.message) for warning in told)
+    assert len(steps) == 88 and 4 <= waits < 6 + (steps[-1] - steps[0]) / 0.3  # for the figures that the bar shows, at most
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+def test_a_gpu_trains_and_answers_as_the_cpu_does(phantoms, tmp_path):
+    losses = []
+    for device in ("cpu", "cuda"):
+        dataset = KneeFolder(phantoms, size=64, device=device)
+        best = kneeoa.train(dataset, dataset, Config(size=64, widths=(8, 16), epochs=2, dropout=0.0), tmp_path / device)
+        losses.append([best["figures"]["train_loss"], best["figures"]["val_loss"]])
+    assert losses[0] == pytest.approx(losses[1], abs=0.02)
+    answers = [kneeoa.probabilities(kneeoa.load_net(best, torch.device(d)), KneeFolder(phantoms, size=64, device=d).images).cpu()
+               for d in ("cpu", "cuda")]
+    assert torch.allclose(*answers, atol=0.02)
 
 
 # ---------------------------------------------------------------------------------------------------------------- metrics
@@ -682,7 +719,8 @@ def test_training_leaves_what_it_promises(trained, phantoms):
                            "intervals", "subset", "epoch", "parameters"}
     for row in answers:
         p = [float(row[f"p{g}"]) for g in range(5)]
-        assert sum(p) == pytest.approx(1, abs=1e-3) and int(row["predicted"]) == p.index(max(p))
+        cost = [sum(p[true] * abs(g - true) ** 0.5 for true in range(5)) for g in range(5)]
+        assert sum(p) == pytest.approx(1, abs=1e-3) and cost[int(row["predicted"])] == pytest.approx(min(cost), abs=1e-3)
     assert not list(trained.glob("*.part"))
 
 
@@ -692,7 +730,8 @@ def test_the_test_subset_has_no_part_in_training(phantoms, trained, tmp_path):
             (tmp_path / "data" / row["path"]).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / "data" / row["path"]).write_bytes((phantoms / row["path"]).read_bytes())
     xrays = [Xray(r["path"], int(r["grade"]), r["patient"], r["subset"]) for r in rows(trained / "split.csv")]
-    train_set, val_set = (KneeFolder(tmp_path / "data", [x for x in xrays if x.subset == s], 64) for s in ("train", "val"))
+    parts, device = [[x for x in xrays if x.subset == s] for s in ("train", "val")], kneeoa.pick_device("auto")
+    train_set, val_set = (KneeFolder(tmp_path / "data", part, 64, device) for part in parts)
     best = kneeoa.train(train_set, val_set, kneeoa.load_checkpoint(trained / "best.pt")["config"], tmp_path)
     before = kneeoa.load_checkpoint(trained / "best.pt")
     assert all(torch.equal(best["net"][key], before["net"][key]) for key in before["net"])
