@@ -584,6 +584,24 @@ def test_after_one_epoch_what_is_validated_is_nearer_to_the_trained_weights_than
         assert (validated - trained).norm() < (validated - first[name]).norm(), name
 
 
+def test_the_average_reaches_back_a_quarter_of_the_steps_at_first_and_a_twentieth_of_all_at_last(phantoms, tmp_path, monkeypatch):
+    shares, follow = [], kneeoa.follow
+    monkeypatch.setattr(kneeoa, "follow", lambda average, net, share: shares.append(share) or follow(average, net, share))
+    dataset = KneeFolder(phantoms, size=64)
+    kneeoa.train(dataset, dataset, Config(size=64, widths=(8,), epochs=12), tmp_path)  # of 11 steps
+    assert shares[0] == 1 and shares[11] == 4 / 12 and shares[-1] == 20 / (12 * 11) and shares == sorted(shares, reverse=True)
+
+
+def test_what_follows_a_network_moves_its_weights_and_its_batch_norms():
+    average, net = (KneeNet((8,)) for _ in range(2))
+    net(torch.randn(4, 1, 64, 64))  # batch norm learns what is usual
+    expected = {name: 0.75 * average.state_dict()[name] + 0.25 * now for name, now in net.state_dict().items()}
+    kneeoa.follow(average, net, 0.25)
+    moved = [name for name, tensor in average.state_dict().items() if tensor.is_floating_point()]
+    assert "features.2.running_var" in moved and "grade.bias" in moved
+    assert all(torch.allclose(average.state_dict()[name], expected[name]) for name in moved)
+
+
 def test_same_seed_same_weights_in_two_processes(phantoms, tmp_path):
     for name in "ab":
         command = [sys.executable, str(PROGRAM), "train", "--data", str(phantoms), "--run", str(tmp_path / name), *SMALL]
