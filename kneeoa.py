@@ -410,8 +410,9 @@ def augment(images, generator, strength=1.0, rows=slice(None)):
 
     The random numbers come from `generator`, which is on the CPU and so draws the same for every device.
     """
-    drawn = torch.rand(6, len(images), generator=generator).to(images.device, non_blocking=True)  # the CPU need not wait
-    turn, zoom, stretch, right, down, mirror = drawn * 2 - 1
+    drawn = torch.rand(6, len(images), generator=generator)
+    # CUDA has its copy when the call returns, and need not be waited for; of other devices that is not sure.
+    turn, zoom, stretch, right, down, mirror = drawn.to(images.device, non_blocking=images.is_cuda) * 2 - 1
     turn = math.radians(12) * strength * turn
     right, down = 0.17 * strength * right, 0.17 * strength * down  # from -1 to 1 is the whole width, so 0.17 is 8.5 % of it
     high = torch.exp(0.17 * strength * zoom)
