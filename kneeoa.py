@@ -381,7 +381,10 @@ def standardize_once(images):
     """uint8 (N, 1, S, S) to int8 (N, 1, S, S): what `standardize` gives, times STEPS. So a whole subset can be standardized
     before the first epoch, and be kept in as much memory as it took already. What is beyond is cut off: seven pixels of
     a million, in 1,066 pictures of Chen's set."""
-    return torch.cat([(standardize(part) * STEPS).round().clamp(-128, 127).to(torch.int8) for part in images.split(64)])
+    standardized = torch.empty_like(images, dtype=torch.int8)
+    for part, into in zip(images.split(64), standardized.split(64)):
+        into.copy_((standardize(part) * STEPS).round().clamp(-128, 127))  # into its place: no second copy of all of it
+    return standardized
 
 
 def resample(images, matrices, rows=slice(None)):
@@ -436,9 +439,7 @@ def soft_targets(softness, device="cpu"):
     """(5, 5): row g is what the network should answer for grade g, softmax(-(distance)^2 / softness) (Diaz and Marathe,
     2019). Grades are ordered and radiologists often differ by one, so a neighbour is less wrong than a stranger."""
     grade = torch.arange(K, device=device)
-    if softness == 0:
-        return torch.eye(K, device=device)
-    return torch.softmax(-(grade[:, None] - grade).square() / softness, 1)
+    return torch.softmax(-(grade[:, None] - grade).square() / max(softness, 1e-9), 1)
 
 
 def decide(probabilities):
