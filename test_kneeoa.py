@@ -909,6 +909,22 @@ def test_the_test_subset_waits_until_training_is_finished(phantoms, tmp_path, mo
     assert saved == ["val", "test"]
 
 
+def test_a_run_that_was_stopped_between_two_of_its_files_writes_the_others_when_it_goes_on(phantoms, tmp_path, monkeypatch):
+    dataset, config, save_checkpoint = KneeFolder(phantoms, size=64), Config(size=64, widths=(8,), epochs=1), kneeoa.save_checkpoint
+
+    def stop(path, checkpoint):
+        if path.name == "best.pt":
+            raise KeyboardInterrupt
+        save_checkpoint(path, checkpoint)
+
+    with monkeypatch.context() as stopped, pytest.raises(KeyboardInterrupt):
+        stopped.setattr(kneeoa, "save_checkpoint", stop)
+        kneeoa.train(dataset, dataset, config, tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["last.pt"]
+    assert kneeoa.train(dataset, dataset, config, tmp_path)["done"] == 1
+    assert len(rows(tmp_path / "history.csv")) == 1
+
+
 def test_ctrl_c_ends_in_one_line_that_says_how_to_go_on(phantoms, tmp_path):
     signal.signal(signal.SIGINT, signal.default_int_handler)  # tests that run in the background were told to ignore Ctrl-C
     process = subprocess.Popen(command("train", "--data", phantoms, "--run", tmp_path, "--size", "64", "--epochs", "500"),
