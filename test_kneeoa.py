@@ -125,9 +125,10 @@ def test_what_is_no_picture_or_no_grade_is_passed_over(tmp_path, capsys):
     assert "passed over, no grade: 10, Unlabeled" in capsys.readouterr().out
 
 
-def test_an_unzipped_archive_is_entered_and_its_unlabelled_part_left_alone(tmp_path):
-    names = [f"OSAIL_KL_Dataset/Labeled/{g}/labeled_KL{g}_image1.png" for g in range(5)]
-    folder_of(tmp_path, [*names, "OSAIL_KL_Dataset/Unlabeled/unlabeled_image1.png"])
+@pytest.mark.parametrize("archive", ["OSAIL_KL_Dataset/Labeled", "my downloads/OSAIL_KL_Dataset/Labeled"])
+def test_an_unzipped_archive_is_entered_and_its_unlabelled_part_left_alone(tmp_path, archive):
+    names = [f"{archive}/{g}/labeled_KL{g}_image1.png" for g in range(5)]
+    folder_of(tmp_path, [*names, f"{archive.replace('Labeled', 'Unlabeled')}/unlabeled_image1.png"])
     assert [x.path for x in kneeoa.find_xrays(tmp_path)] == names
 
 
