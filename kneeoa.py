@@ -560,7 +560,7 @@ def train(train_set, val_set, config, run, bars=True):
                 adam.step()
                 schedule.step()
                 done = (epoch - 1) * steps + step
-                follow(average, net, 4 / (done + 3))
+                follow(average, net, 4 / (done + 3))  # at the first step all the way
                 sums += torch.stack((loss.detach(), (decide(logits.detach().softmax(1)) == grades).float().mean()))
                 bar.update()
                 if step == steps or time.perf_counter() - shown > 0.3:  # not at each step: .tolist() waits for the GPU
