@@ -527,8 +527,8 @@ def train(train_set, val_set, config, run, bars=True):
     batch = batch_for(len(train_set), config)
     steps = len(train_set) // batch  # an epoch leaves out the last, incomplete batch, other pictures each time
     schedule = torch.optim.lr_scheduler.LambdaLR(adam, lambda step: rate((step + 1) / (steps * config.epochs + 1)))
-    # What is validated, kept and tested is a running average of the weights, of which those of the last quarter of the steps
-    # make two thirds (Shamir and Zhang, 2013): single steps throw the network about, their mean stays in the middle.
+    # What is validated, kept and tested is a running average of the weights, two thirds of it from the last quarter of the
+    # steps done so far (Shamir and Zhang, 2013): single steps throw the network about, their mean stays in the middle.
     average = copy.deepcopy(net)
     targets = soft_targets(config.softness, device)  # (5, 5), a row for each grade
 
@@ -560,7 +560,7 @@ def train(train_set, val_set, config, run, bars=True):
                 adam.step()
                 schedule.step()
                 done = (epoch - 1) * steps + step
-                follow(average, net, 4 / (done + 3))  # at the first step all the way
+                follow(average, net, 4 / (done + 3))  # all the way at the first step: untrained weights don't count
                 sums += torch.stack((loss.detach(), (decide(logits.detach().softmax(1)) == grades).float().mean()))
                 bar.update()
                 if step == steps or time.perf_counter() - shown > 0.3:  # not at each step: .tolist() waits for the GPU
