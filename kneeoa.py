@@ -394,14 +394,16 @@ def resample(images, matrices, rows=slice(None)):
     """
     size = images.shape[-1]
     centre = (torch.arange(size, device=images.device) + 0.5) * 2 / size - 1  # of each pixel, along one side
-    # Where a new pixel looks is a part that its column decides plus one that its row decides. F.affine_grid makes of it a
-    # matrix product, which is slower, and which autocast would round to bfloat16: half a pixel of 224.
-    by_column = matrices[:, :, :1] * centre + matrices[:, :, 2:]  # (N, 2, S)
-    by_row = matrices[:, :, 1:2] * centre[rows]  # (N, 2, rows)
-    look = (by_column[:, :, None] + by_row[..., None]).movedim(1, 3)  # (N, rows, S, 2)
     last = 1 - 1 / size  # the middle of the outermost pixel; padding_mode="border" does the same, where a device has it
-    look = look.clamp_(-last, last).expand(len(images), -1, -1, -1)
-    return F.grid_sample(images.float(), look, align_corners=False)
+    parts = []
+    for part, own in zip(images.split(16), matrices.expand(len(images), -1, -1).split(16)):  # so few stay in a CPU's cache
+        # Where a new pixel looks is a part that its column decides plus one that its row decides. F.affine_grid makes of it
+        # a matrix product, which is slower, and which autocast would round to bfloat16: half a pixel of 224.
+        by_column = own[:, :, :1] * centre + own[:, :, 2:]  # (16, 2, S)
+        by_row = own[:, :, 1:2] * centre[rows]  # (16, 2, rows)
+        look = (by_column[:, :, None] + by_row[..., None]).movedim(1, 3).clamp_(-last, last)  # (16, rows, S, 2)
+        parts.append(F.grid_sample(part.float(), look, align_corners=False))
+    return torch.cat(parts)
 
 
 def augment(images, generator, strength=1.0, rows=slice(None)):
