@@ -770,6 +770,25 @@ def test_plot_draws_a_sheet_that_is_a_picture(trained, phantoms):
     assert 0.2 < (sheet == 255).mean() < 0.95 and len(np.unique(sheet)) > 100
 
 
+def test_the_sheet_shows_of_each_grade_a_picture_answered_right_and_below_it_one_answered_wrong(trained, phantoms, monkeypatch):
+    shown, show = [], kneeoa.show_xray
+    monkeypatch.setattr(kneeoa, "show_xray", lambda *what: shown.append(what) or show(*what))
+    assert kneeoa.main(["plot", "--data", str(phantoms), "--run", str(trained)]) == 0
+    answers, wanted = rows(trained / "predictions.csv"), []
+    for row, right in enumerate((True, False)):
+        for grade in "01234":
+            for answer in answers:
+                if answer["grade"] == grade and (answer["predicted"] == grade) == right:
+                    wanted.append((row, 2 * int(grade), answer["path"], f"true {grade}"))
+                    wanted.append((row, 2 * int(grade) + 1, answer["path"], f"predicted {answer['predicted']}"))
+                    break
+    assert len(shown) == len(wanted) > 0
+    for (axes, image, heat, title), (row, column, path, wanted_title) in zip(shown, wanted):
+        place = axes.get_subplotspec()
+        assert (place.rowspan.start, place.colspan.start, title) == (row, column, wanted_title)
+        assert np.array_equal(image, kneeoa.read_xray(phantoms / path, 64)) and (heat is None) == title.startswith("true")
+
+
 def test_predict_prints_the_grade_its_name_and_five_probabilities(trained, phantoms, capsys, tmp_path):
     images = [str(f) for f in sorted(phantoms.rglob("*.png"))[:2]]
     assert kneeoa.main(["predict", *images, "--run", str(trained), "--heatmap", str(tmp_path / "heat.png")]) == 0
