@@ -1162,9 +1162,13 @@ def read_split(data, run):
 
 
 def training_sets(data, run, config, device, patients_file):
-    """The data sets of subsets train and val, by the split of the run, which is made if it is missing."""
+    """The data sets of subsets train and val, by the split of the run, which is made if it is missing. Raises KneeError if it
+    was made by other patients than the patients file names."""
     made = (run / "split.csv").exists()
     xrays = read_split(data, run) if made else command_split(data, run, config, patients_file)
+    named = read_patients(patients_file) if patients_file else {}
+    if any(x.patient != (named.get(Path(x.path).name) or x.patient) for x in xrays):
+        raise KneeError(f"{run / 'split.csv'}: was made without the patients of {patients_file}, run split again with them")
     return [KneeFolder(data, [x for x in xrays if x.subset == s], config.size, device) for s in ("train", "val")]
 
 
@@ -1268,6 +1272,7 @@ def command_tune(data, run, grid, device, patients_file=None):
     print(table(("", *grid, *figures), [(i, *(row[t] for t in tried), *done[row]) for i, row in enumerate(ranked, 1)]))
     words = [f"--{n.replace('_', '-')} {text}" for n, text in zip(names, ranked[0])
              if n != "epochs" and text != text_of(getattr(Config, n))]
+    words += [f"--patients {patients_file}"] if patients_file else []  # without it, the full run would have another split
     print(f"\nthe best of them in full: python kneeoa.py train --data {data} --run {run}-best {' '.join(words)}")
 
 

@@ -809,8 +809,10 @@ def test_predict_agrees_with_the_test(trained, phantoms, capsys):
 
 def test_tune_ranks_by_validation_and_goes_on_where_it_was_stopped(phantoms, trained, tmp_path, capsys, monkeypatch):
     (tmp_path / "split.csv").write_bytes((trained / "split.csv").read_bytes())
+    table = tmp_path / "table.csv"
+    table.write_text("image,patient\n")
     words = ["tune", "--data", str(phantoms), "--run", str(tmp_path), "--size", "64", "--epochs", "1", "--widths", "8",
-             "--device", "cpu"]
+             "--device", "cpu", "--patients", str(table)]
     assert kneeoa.main([*words, "--lr", "1e-3", "1e-2"]) == 0
     before = rows(tmp_path / "tune.csv")
     assert [row["lr"] for row in before] == ["0.001", "0.01"]
@@ -829,7 +831,7 @@ def test_tune_ranks_by_validation_and_goes_on_where_it_was_stopped(phantoms, tra
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines[1:4]] == ["1", "2", "3"]
     assert [float(line.split()[-1]) for line in lines[1:4]] == [0.3, 0.2, 0.1]  # by kappa
-    assert "--lr 0.01" in lines[-1] and "train" in lines[-1] and trainings == [3e-3]
+    assert all(word in lines[-1] for word in ("train", "--lr 0.01", f"--patients {table}")) and trainings == [3e-3]
     assert not list(tmp_path.rglob("metrics.json"))  # nothing was tested
 
 
@@ -1044,6 +1046,19 @@ def test_a_bad_checkpoint_is_named_and_no_pickle_runs(spoil, name, trained, phan
     err = capsys.readouterr().err
     assert err.startswith("kneeoa: error: ") and name in err and err.count("\n") == 1
     assert not (tmp_path / "pwned").exists()
+
+
+def test_a_split_made_without_the_patients_file_is_not_trained_on_with_it(tmp_path, capsys):
+    names = [f"{g}/picture{i}of{g}.png" for g in range(5) for i in range(8)]
+    data, table = folder_of(tmp_path / "data", names), tmp_path / "patients.csv"
+    table.write_text("image,patient\n" + "".join(f"{Path(name).name},{i // 2}\n" for i, name in enumerate(names)))
+    words, patients = ["--data", str(data), "--run", str(tmp_path / "run")], ["--patients", str(table)]
+    assert kneeoa.main(["split", *words]) == 0  # each picture a patient of its own
+    assert kneeoa.main(["train", *words, *SMALL, *patients]) == 2
+    assert "run split again" in capsys.readouterr().err and not (tmp_path / "run" / "last.pt").exists()
+    assert kneeoa.main(["split", *words, *patients]) == 0
+    assert kneeoa.main(["train", *words, *SMALL, *patients]) == 0
+    assert kneeoa.main(["train", *words, *SMALL]) == 0  # goes on with the split that is there
 
 
 @pytest.mark.parametrize("text", ["name,who\na.png,1\n", ""])
