@@ -750,6 +750,26 @@ def test_training_leaves_what_it_promises(trained, phantoms):
     assert not list(trained.glob("*.part"))
 
 
+def test_split_prints_the_pictures_and_patients_of_each_grade_in_each_subset(phantoms, tmp_path, capsys):
+    assert kneeoa.main(["split", "--data", str(phantoms), "--run", str(tmp_path)]) == 0
+    lines = {line.split()[0]: line.split()[1:] for line in capsys.readouterr().out.splitlines()}
+    for subset in ("train", "val", "test"):
+        own = [row for row in rows(tmp_path / "split.csv") if row["subset"] == subset]
+        wanted = []
+        for part in (*([row for row in own if row["grade"] == grade] for grade in "01234"), own):
+            wanted += [str(len(part)), f"({len({row['patient'] for row in part})})"]
+        assert lines[subset] == wanted
+
+
+def test_a_bar_shows_each_epoch_and_its_figures(phantoms, tmp_path, capsys):
+    assert kneeoa.main(["train", "--data", str(phantoms), "--run", str(tmp_path), *SMALL]) == 0
+    shown = capsys.readouterr().err
+    for row in rows(tmp_path / "history.csv"):
+        loss, accuracy, val_loss, val_accuracy, kappa = (f"{float(row[name]):.3f}" for name in list(row)[1:6])
+        assert f"epoch {row['epoch']}/2 100%" in shown
+        assert f"loss {loss} accuracy {accuracy} | validation loss {val_loss} accuracy {val_accuracy} kappa {kappa} | " in shown
+
+
 def test_the_test_subset_has_no_part_in_training(phantoms, trained, tmp_path):
     for row in rows(trained / "split.csv"):
         if row["subset"] != "test":
