@@ -491,6 +491,19 @@ def test_loss_and_accuracy_of_training_are_means_over_all_batches_of_the_epoch(p
     assert figures["train_accuracy"] == pytest.approx(np.mean(right))
 
 
+def test_a_step_takes_the_same_share_of_each_weight_whatever_its_gradient(phantoms, tmp_path, monkeypatch):
+    rates, step = [], torch.optim.Adam.step
+    monkeypatch.setattr(torch.optim.Adam, "step", lambda adam: rates.append(adam.param_groups[0]["lr"]) or step(adam))
+    dataset = KneeFolder(phantoms, size=64)
+    dataset.images.zero_()  # nothing to be seen: no gradient for the first convolution, and its weights decay alone
+    config = Config(size=64, widths=(8, 16), epochs=1, lr=1e-2, weight_decay=0.5)
+    torch.manual_seed(config.seed)
+    before = KneeNet(config.widths).state_dict()["features.0.weight"]
+    kneeoa.train(dataset, dataset, config, tmp_path)
+    after = kneeoa.load_checkpoint(tmp_path / "last.pt")["net"]["features.0.weight"]
+    assert torch.allclose(after, before * math.prod(1 - 0.5 * rate for rate in rates), atol=1e-6) and len(rates) == 11
+
+
 def test_the_learning_rate_rises_for_a_quarter_of_the_steps_and_then_falls_to_nothing(phantoms, tmp_path, monkeypatch):
     rates, step = [], torch.optim.Adam.step
     monkeypatch.setattr(torch.optim.Adam, "step", lambda adam: rates.append(adam.param_groups[0]["lr"]) or step(adam))
@@ -768,6 +781,31 @@ def test_a_bar_shows_each_epoch_and_its_figures(phantoms, tmp_path, capsys):
         loss, accuracy, val_loss, val_accuracy, kappa = (f"{float(row[name]):.3f}" for name in list(row)[1:6])
         assert f"epoch {row['epoch']}/2 100%" in shown
         assert f"loss {loss} accuracy {accuracy} | validation loss {val_loss} accuracy {val_accuracy} kappa {kappa} | " in shown
+
+
+def test_the_test_prints_its_figures_with_their_intervals_and_the_recall_of_each_grade(trained, phantoms, capsys):
+    assert kneeoa.main(["test", "--data", str(phantoms), "--run", str(trained)]) == 0
+    printed, result = capsys.readouterr().out, json.loads((trained / "metrics.json").read_text())
+    lines = [line.split() for line in printed.splitlines()]
+    for name, title in kneeoa.FIGURES.items():
+        line = next(line for line in lines if line[: len(title.split())] == title.split())
+        low, high = result["intervals"][name]
+        assert line[len(title.split()) :][:4] == [f"{result[name]:.3f}", f"{low:.3f}", "to", f"{high:.3f}"]
+    assert ["recall", *(f"{recall:.3f}" for recall in result["recall"])] in lines
+    assert ["pictures", *(str(sum(row)) for row in result["confusion"])] in lines
+    assert "flatters" not in printed
+
+
+def test_without_a_test_subset_the_figures_are_called_those_of_validation(trained, phantoms, tmp_path, capsys):
+    for row in rows(trained / "split.csv"):
+        if row["subset"] != "test":
+            target = tmp_path / "data" / row["subset"] / row["path"]
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes((phantoms / row["path"]).read_bytes())
+    assert kneeoa.main(["train", "--data", str(tmp_path / "data"), "--run", str(tmp_path / "run"), *SMALL]) == 0
+    printed = capsys.readouterr().out
+    assert "val subset: " in printed and "the epoch was chosen on these pictures, which flatters it" in printed
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["subset"] == "val"
 
 
 def test_the_test_subset_has_no_part_in_training(phantoms, trained, tmp_path):
