@@ -828,6 +828,23 @@ def test_plot_draws_a_sheet_that_is_a_picture(trained, phantoms):
     assert 0.2 < (sheet == 255).mean() < 0.95 and len(np.unique(sheet)) > 100
 
 
+def test_the_sheet_draws_the_history_and_the_confusion_matrix_of_the_run(trained, phantoms, monkeypatch):
+    sheets = []
+    monkeypatch.setattr(kneeoa, "save_figure", lambda path, figure: sheets.append(figure))
+    assert kneeoa.main(["plot", "--data", str(phantoms), "--run", str(trained)]) == 0
+    history, result = rows(trained / "history.csv"), json.loads((trained / "metrics.json").read_text())
+    axes = {axes.get_ylabel().split(" ")[0]: axes for axes in sheets[0].axes}
+    for quantity in ("loss", "accuracy"):
+        curves = {line.get_label().split(" ")[0]: line.get_xydata().tolist() for line in axes[quantity].lines}
+        for label, subset in (("training", "train"), ("validation", "val")):
+            assert curves[label] == [[float(row["epoch"]), float(row[f"{subset}_{quantity}"])] for row in history]
+        assert curves["chosen:"] == [[result["epoch"], 0], [result["epoch"], 1]]  # from the lower edge to the upper
+    texts = {text.get_position(): text.get_text() for text in axes["true"].texts}
+    for true, counts in enumerate(result["confusion"]):
+        for predicted, count in enumerate(counts):
+            assert texts[predicted, true] == f"{count}\n{count / sum(counts):.0%}"
+
+
 def test_the_sheet_shows_of_each_grade_a_picture_answered_right_and_below_it_one_answered_wrong(trained, phantoms, monkeypatch):
     shown, show = [], kneeoa.show_xray
     monkeypatch.setattr(kneeoa, "show_xray", lambda *what: shown.append(what) or show(*what))
