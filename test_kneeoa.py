@@ -585,6 +585,15 @@ def test_the_best_epoch_is_the_one_with_the_highest_validation_kappa(trained, ph
     assert loss == pytest.approx(float(history[best["epoch"] - 1]["val_loss"]))
 
 
+def test_of_epochs_with_equal_kappa_the_one_with_the_lower_loss_is_the_best(phantoms, tmp_path, monkeypatch):
+    dataset = KneeFolder(phantoms, size=64)
+    right, wrong = torch.eye(5)[dataset.grades], torch.eye(5)[(dataset.grades + 1) % 5]
+    told = iter([(0.1, wrong), (0.9, right), (0.5, right), (0.7, right), (0.2, wrong)])
+    monkeypatch.setattr(kneeoa, "evaluate", lambda *_: next(told))
+    best = kneeoa.train(dataset, dataset, Config(size=64, widths=(8,), epochs=5), tmp_path)
+    assert (best["epoch"], best["figures"]["val_kappa"], best["figures"]["val_loss"]) == (3, 1, 0.5)
+
+
 def test_after_one_epoch_what_is_validated_is_nearer_to_the_trained_weights_than_to_the_first(phantoms, tmp_path, monkeypatch):
     def stop(*_):
         raise KeyboardInterrupt
