@@ -186,6 +186,9 @@ def test_the_split_depends_on_names_and_seed_alone(many):
     # Worked out once and written down, so that no change of Python, NumPy or this program moves a test subset unnoticed.
     few = kneeoa.split_by_patient([Xray(f"{p % 5}/{p}L.png", p % 5, str(p)) for p in range(50)], 0)
     assert [x.patient for x in few if x.subset == "test"] == ["0", "4", "17", "19", "20", "23", "31", "32", "33", "41"]
+    knees = [(p, side, grade) for p in range(60) for side, grade in (("L", p % 5), ("R", p // 5 % 5 * (p % 3 > 0)))]
+    few = kneeoa.split_by_patient([Xray(f"{grade}/{p}{side}.png", grade, str(p)) for p, side, grade in knees], 0)
+    assert sorted({int(x.patient) for x in few if x.subset == "test"}) == [2, 8, 18, 22, 29, 34, 36, 38, 45, 51]
 
 
 def test_the_order_of_the_file_system_does_not_matter(phantoms, monkeypatch):
@@ -382,6 +385,9 @@ def test_a_view_enlarges_about_the_middle_and_shifts_right_and_down():
     assert torch.allclose(enlarged, enlarged.flip(0, 1), atol=1e-2)
     shifted = kneeoa.moved(picture, 1, 4 / 64, 8 / 64)
     assert torch.allclose(shifted, picture.roll((8, 4), (2, 3)), atol=1e-2)
+    both = kneeoa.moved(picture, 1.25, 4 / 64, 8 / 64)[0, 0] / 255  # 40 pixels wide, around column 36 and row 40
+    middle = [(both.sum(axis) * (torch.arange(64) + 0.5)).sum().item() / both.sum().item() for axis in (0, 1)]
+    assert middle == pytest.approx([36, 40], abs=0.1) and both.sum().item() == pytest.approx(40 * 40, rel=0.02)
 
 
 @pytest.mark.parametrize("size", [64, 160, 224, 448])
@@ -641,6 +647,17 @@ def test_same_seed_same_weights_in_two_processes(phantoms, tmp_path):
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes(), file
     first, second = (kneeoa.load_checkpoint(tmp_path / name / "best.pt")["net"] for name in "ab")
     assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_the_device_is_the_best_that_is_there_or_the_one_that_is_named(monkeypatch):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert [kneeoa.pick_device(name).type for name in ("auto", "cpu", "mps")] == ["mps", "cpu", "mps"]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert [str(kneeoa.pick_device(name)) for name in ("auto", "cuda", "cuda:1", "cpu")] == ["cuda", "cuda", "cuda:1", "cpu"]
+    with pytest.raises(KneeError, match="cuda:2: is not on this machine"):
+        kneeoa.pick_device("cuda:2")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
