@@ -396,11 +396,11 @@ def resample(images, matrices, rows=slice(None)):
     centre = (torch.arange(size, device=images.device) + 0.5) * 2 / size - 1  # of each pixel, along one side
     last = 1 - 1 / size  # the middle of the outermost pixel; padding_mode="border" does the same, where a device has it
     parts = []  # of 16, which stay in a CPU's cache: a whole batch at once took twice as long
-    for part, own in zip(images.split(16), matrices.expand(len(images), -1, -1).split(16)):
+    for part, matrix in zip(images.split(16), matrices.expand(len(images), -1, -1).split(16)):
         # Where a new pixel looks is a part that its column decides plus one that its row decides. F.affine_grid makes of it
         # a matrix product, which is slower, and which autocast would round to bfloat16: half a pixel of 224.
-        by_column = own[:, :, :1] * centre + own[:, :, 2:]  # (16, 2, S)
-        by_row = own[:, :, 1:2] * centre[rows]  # (16, 2, rows)
+        by_column = matrix[:, :, :1] * centre + matrix[:, :, 2:]  # (16, 2, S)
+        by_row = matrix[:, :, 1:2] * centre[rows]  # (16, 2, rows)
         look = (by_column[:, :, None] + by_row[..., None]).movedim(1, 3).clamp_(-last, last)  # (16, rows, S, 2)
         parts.append(F.grid_sample(part.float(), look, align_corners=False))
     return torch.cat(parts)
@@ -1162,13 +1162,13 @@ def read_split(data, run):
 
 
 def training_sets(data, run, config, device, patients_file):
-    """The data sets of subsets train and val, by the split of the run, which is made if it is missing. Raises KneeError if it
-    was made by other patients than the patients file names."""
+    """The data sets of subsets train and val, by the split of the run, which is made if it is missing. Raises KneeError if its
+    patients are not those of the patients file."""
     made = (run / "split.csv").exists()
     xrays = read_split(data, run) if made else command_split(data, run, config, patients_file)
     named = read_patients(patients_file) if patients_file else {}
     if any(x.patient != (named.get(Path(x.path).name) or x.patient) for x in xrays):
-        raise KneeError(f"{run / 'split.csv'}: was made without the patients of {patients_file}, run split again with them")
+        raise KneeError(f"{run / 'split.csv'}: its patients are not those of {patients_file}, run split again with it")
     return [KneeFolder(data, [x for x in xrays if x.subset == s], config.size, device) for s in ("train", "val")]
 
 

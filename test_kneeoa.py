@@ -498,9 +498,15 @@ def test_loss_and_accuracy_of_training_are_means_over_all_batches_of_the_epoch(p
     assert figures["train_accuracy"] == pytest.approx(np.mean(right))
 
 
-def test_a_step_takes_the_same_share_of_each_weight_whatever_its_gradient(phantoms, tmp_path, monkeypatch):
+@pytest.fixture
+def rates(monkeypatch):
+    """The learning rate of each step that a training makes, as a list that grows."""
     rates, step = [], torch.optim.Adam.step
     monkeypatch.setattr(torch.optim.Adam, "step", lambda adam: rates.append(adam.param_groups[0]["lr"]) or step(adam))
+    return rates
+
+
+def test_a_step_takes_the_same_share_of_each_weight_whatever_its_gradient(phantoms, tmp_path, rates):
     dataset = KneeFolder(phantoms, size=64)
     dataset.images.zero_()  # nothing to be seen: no gradient for the first convolution, and its weights decay alone
     config = Config(size=64, widths=(8, 16), epochs=1, lr=1e-2, weight_decay=0.5)
@@ -511,9 +517,7 @@ def test_a_step_takes_the_same_share_of_each_weight_whatever_its_gradient(phanto
     assert torch.allclose(after, before * math.prod(1 - 0.5 * rate for rate in rates), atol=1e-6) and len(rates) == 11
 
 
-def test_the_learning_rate_rises_for_a_quarter_of_the_steps_and_then_falls_to_nothing(phantoms, tmp_path, monkeypatch):
-    rates, step = [], torch.optim.Adam.step
-    monkeypatch.setattr(torch.optim.Adam, "step", lambda adam: rates.append(adam.param_groups[0]["lr"]) or step(adam))
+def test_the_learning_rate_rises_for_a_quarter_of_the_steps_and_then_falls_to_nothing(phantoms, tmp_path, rates):
     dataset = KneeFolder(phantoms, size=64)
     kneeoa.train(dataset, dataset, Config(size=64, widths=(8, 16), epochs=4, lr=1e-2), tmp_path)
     assert len(rates) == 44 and max(rates) == pytest.approx(1e-2, rel=0.03)
