@@ -29,6 +29,7 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import sys
 import time
@@ -978,8 +979,6 @@ def draw_report(path, name, history, chosen, result, cells):
 
 def draw_heat_maps(path, images, heats, grades, names):
     """Each picture (N, 1, S, S) beside its heat map (N, S, S), under its name and predicted grade, up to three in a row."""
-    if len(images) > 300:
-        raise KneeError(f"--heatmap: {len(images)} pictures are too many for one sheet, name at most 300")
     across = min(3, len(images))
     figure = new_figure(6.4 * across, 3.6 * math.ceil(len(images) / across))
     axes = figure.subplots(math.ceil(len(images) / across), 2 * across, squeeze=False).flat
@@ -1124,6 +1123,12 @@ def table(head, rows):
                      for row in cells)
 
 
+def command_line(command, data, run, options=()):
+    """What to type for a command, with quotes where a path has a space in it."""
+    words = {"--data": data, "--run": run} | dict(options)
+    return shlex.join(["python", "kneeoa.py", command, *map(str, itertools.chain(*words.items()))])
+
+
 def command_split(data, run, config, patients_file=None):
     """Makes RUN/split.csv and prints how many pictures and patients of each grade are in each subset."""
     if (run / "last.pt").exists():
@@ -1180,7 +1185,7 @@ def command_train(data, run, config, device, patients_file=None):
           f"validating on {len(sets[1])}, {count_weights(KneeNet(config.widths)):,} weights, on {device}{threads}")
     train(*sets, config, run)
     command_test(data, run, device)
-    print(f"\nall of it is in {run}; next: python kneeoa.py plot --data {data} --run {run}")
+    print(f"\nall of it is in {run}; next: {command_line('plot', data, run)}")
 
 
 def command_test(data, run, device):
@@ -1239,6 +1244,10 @@ def command_plot(data, run, device):
 def command_predict(run, device, images, heatmap=None):
     """Prints grade (by `decide`), its name and the probability of each grade for picture files; draws their heat maps into
     `heatmap`."""
+    if heatmap and heatmap.suffix.lower() != ".png":
+        raise KneeError(f"--heatmap {heatmap}: is drawn as PNG, name a file that ends in .png")
+    if heatmap and len(images) > 300:
+        raise KneeError(f"--heatmap: {len(images)} pictures are too many for one sheet, name at most 300")
     checkpoint = load_checkpoint(run / "best.pt")
     net, size = load_net(checkpoint, device), checkpoint["config"].size
     pictures = torch.from_numpy(np.stack(in_threads(lambda path: read_xray(path, size), images, "decode")))[:, None].to(device)
@@ -1270,10 +1279,11 @@ def command_tune(data, run, grid, device, patients_file=None):
     ranked = sorted(settings, key=lambda row: -float(done[row][-1]))
     tried = [names.index(name) for name in grid]
     print(table(("", *grid, *figures), [(i, *(row[t] for t in tried), *done[row]) for i, row in enumerate(ranked, 1)]))
-    words = [f"--{n.replace('_', '-')} {text}" for n, text in zip(names, ranked[0])
-             if n != "epochs" and text != text_of(getattr(Config, n))]
-    words += [f"--patients {patients_file}"] if patients_file else []  # without it, the full run would have another split
-    print(f"\nthe best of them in full: python kneeoa.py train --data {data} --run {run}-best {' '.join(words)}")
+    options = {f"--{n.replace('_', '-')}": text for n, text in zip(names, ranked[0])
+               if n != "epochs" and text != text_of(getattr(Config, n))}
+    if patients_file:  # without it, the full run would have another split
+        options["--patients"] = patients_file
+    print(f"\nthe best of them in full: {command_line('train', data, f'{run}-best', options)}")
 
 
 class Parser(argparse.ArgumentParser):

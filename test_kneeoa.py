@@ -5,6 +5,7 @@ import csv
 import json
 import math
 import platform
+import shlex
 import shutil
 import signal
 import struct
@@ -906,6 +907,14 @@ def test_predict_prints_the_grade_its_name_and_five_probabilities(trained, phant
     assert sheet.shape[1] > 300 and (sheet[0] == 255).all()  # no title runs over the upper edge
 
 
+@pytest.mark.parametrize("sheet, count, told", [("heat.jpg", 1, "heat.jpg: is drawn as PNG"), ("heat.png", 301, "301 pictures")])
+def test_heat_maps_that_cannot_be_drawn_are_refused_before_anything_is_graded(trained, tmp_path, capsys, sheet, count, told):
+    image = str(xray_file(tmp_path / "knee.png"))
+    assert kneeoa.main(["predict", *[image] * count, "--run", str(trained), "--heatmap", str(tmp_path / sheet)]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and told in err and err.count("\n") == 1 and not (tmp_path / sheet).exists()
+
+
 def test_predict_agrees_with_the_test(trained, phantoms, capsys):
     answers = rows(trained / "predictions.csv")
     kneeoa.main(["predict", *(str(phantoms / row["path"]) for row in answers), "--run", str(trained)])
@@ -937,7 +946,10 @@ def test_tune_ranks_by_validation_and_goes_on_where_it_was_stopped(phantoms, tra
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines[1:4]] == ["1", "2", "3"]
     assert [float(line.split()[-1]) for line in lines[1:4]] == [0.3, 0.2, 0.1]  # by kappa
-    assert all(word in lines[-1] for word in ("train", "--lr 0.01", f"--patients {table}")) and trainings == [3e-3]
+    told = shlex.split(lines[-1].partition("in full: ")[2])
+    assert told[:3] == ["python", "kneeoa.py", "train"] and trainings == [3e-3]
+    assert dict(zip(told[3::2], told[4::2])) == {"--data": str(phantoms), "--run": f"{tmp_path}-best", "--size": "64",
+                                                 "--widths": "8", "--lr": "0.01", "--patients": str(table)}
     assert not list(tmp_path.rglob("metrics.json"))  # nothing was tested
 
 
@@ -1206,9 +1218,11 @@ def test_file_names_of_every_kind_work_all_through(tmp_path, phantoms, capsys):
         target.write_bytes(file.read_bytes())
     run = tmp_path / "the run"
     assert kneeoa.main(["train", "--data", str(data), "--run", str(run), *SMALL]) == 0
-    assert kneeoa.main(["plot", "--data", str(data), "--run", str(run)]) == 0
+    out = capsys.readouterr().out
+    assert "90 of 90 pictures name no patient" in out
     assert all((data / row["path"]).is_file() for row in rows(run / "predictions.csv"))
-    assert "90 of 90 pictures name no patient" in capsys.readouterr().out
+    python, program, *words = shlex.split(out.split("next: ")[1])  # as a shell takes what is copied from here
+    assert kneeoa.main(words) == 0 and (run / "report.png").exists()
 
 
 def test_a_loss_that_is_no_number_stops_and_keeps_the_last_good_checkpoint(phantoms, tmp_path, monkeypatch, capsys):
