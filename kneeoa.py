@@ -31,6 +31,7 @@ import os
 import re
 import shlex
 import shutil
+import subprocess
 import sys
 import time
 import warnings
@@ -1123,10 +1124,11 @@ def table(head, rows):
                      for row in cells)
 
 
-def command_line(command, data, run, options=()):
-    """What to type for a command, with quotes where a path has a space in it."""
+def what_to_type(command, data, run, options=()):
+    """What to type for a command: the same Python, which has the packages, and quotes where the shell needs them."""
     words = {"--data": data, "--run": run} | dict(options)
-    return shlex.join(["python", "kneeoa.py", command, *map(str, itertools.chain(*words.items()))])
+    join = subprocess.list2cmdline if os.name == "nt" else shlex.join
+    return join([sys.orig_argv[0], "kneeoa.py", command, *map(str, itertools.chain(*words.items()))])
 
 
 def command_split(data, run, config, patients_file=None):
@@ -1185,7 +1187,7 @@ def command_train(data, run, config, device, patients_file=None):
           f"validating on {len(sets[1])}, {count_weights(KneeNet(config.widths)):,} weights, on {device}{threads}")
     train(*sets, config, run)
     command_test(data, run, device)
-    print(f"\nall of it is in {run}; next: {command_line('plot', data, run)}")
+    print(f"\nall of it is in {run}; next: {what_to_type('plot', data, run)}")
 
 
 def command_test(data, run, device):
@@ -1283,7 +1285,7 @@ def command_tune(data, run, grid, device, patients_file=None):
                if n != "epochs" and text != text_of(getattr(Config, n))}
     if patients_file:  # without it, the full run would have another split
         options["--patients"] = patients_file
-    print(f"\nthe best of them in full: {command_line('train', data, f'{run}-best', options)}")
+    print(f"\nthe best of them in full: {what_to_type('train', data, f'{run}-best', options)}")
 
 
 class Parser(argparse.ArgumentParser):
