@@ -828,6 +828,18 @@ def test_the_test_prints_its_figures_with_their_intervals_and_the_recall_of_each
     assert "flatters" not in printed
 
 
+def test_who_always_answers_the_usual_grade_has_it_from_the_training_subset(trained, phantoms, tmp_path, capsys):
+    shutil.copytree(trained, tmp_path / "run")
+    split = [row for row in rows(trained / "split.csv") if (row["subset"], row["grade"]) not in (("train", "0"), ("train", "2"))]
+    kneeoa.save_csv(tmp_path / "run" / "split.csv", split[0], [row.values() for row in split])
+    usual = {s: Counter(row["grade"] for row in split if row["subset"] == s) for s in ("train", "test")}
+    (grade, _), = usual["train"].most_common(1)
+    assert grade != usual["test"].most_common(1)[0][0]
+    assert kneeoa.main(["test", "--data", str(phantoms), "--run", str(tmp_path / "run")]) == 0
+    told = json.loads((tmp_path / "run" / "metrics.json").read_text())["majority_accuracy"]
+    assert told == usual["test"][grade] / usual["test"].total() and f"always grade {grade}" in capsys.readouterr().out
+
+
 def test_without_a_test_subset_the_figures_are_called_those_of_validation(trained, phantoms, tmp_path, capsys):
     for row in rows(trained / "split.csv"):
         if row["subset"] != "test":
