@@ -287,6 +287,14 @@ def test_a_narrow_band_of_the_smallest_picture_is_not_pooled_away(monkeypatch):
     assert KneeNet().eval()(torch.randn(2, 1, 64, 64)).shape == (2, 5)
 
 
+def test_the_first_stage_quarters_the_sides_of_a_half_and_each_other_one_halves_them():
+    halves = KneeNet.halves(torch.randn(2, 1, 224, 224))
+    assert halves.shape == (4, 1, 128, 128)
+    for stages, side in enumerate((32, 16, 8, 4), 1):
+        widths = Config.widths[:stages]
+        assert KneeNet(widths).features(halves).shape == (4, widths[-1], side, side)
+
+
 def test_the_default_network_has_at_most_two_million_weights():
     assert kneeoa.count_weights(KneeNet()) <= 2_000_000
 
