@@ -334,11 +334,13 @@ def test_standardize_takes_exposure_out():
     assert kneeoa.standardize(torch.full((1, 1, 64, 64), 9, dtype=torch.uint8)).abs().max() == 0
 
 
-def test_standardize_is_local_contrast_of_each_picture_by_itself():
-    images = torch.randint(0, 256, (3, 1, 224, 224), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+@pytest.mark.parametrize("size, reach", [(224, 2), (64, 1)])
+def test_standardize_is_local_contrast_of_each_picture_by_itself(size, reach):
+    images = torch.randint(0, 256, (3, 1, size, size), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
 
     def mean(x):  # of 224 pixels "around" is twice 5 x 5, fewer at the margin
-        windows = np.lib.stride_tricks.sliding_window_view(np.pad(x, 2, constant_values=np.nan), (5, 5))
+        padded = np.pad(x, reach, constant_values=np.nan)
+        windows = np.lib.stride_tricks.sliding_window_view(padded, (2 * reach + 1, 2 * reach + 1))
         return np.nanmean(windows, (2, 3))
 
     def around(x):
@@ -846,6 +848,18 @@ def test_who_always_answers_the_usual_grade_has_it_from_the_training_subset(trai
     assert kneeoa.main(["test", "--data", str(phantoms), "--run", str(tmp_path / "run")]) == 0
     told = json.loads((tmp_path / "run" / "metrics.json").read_text())["majority_accuracy"]
     assert told == usual["test"][grade] / usual["test"].total() and f"always grade {grade}" in capsys.readouterr().out
+
+
+def test_a_grade_that_is_not_in_the_test_subset_has_no_recall_and_no_part_in_the_balanced_accuracy(trained, phantoms, tmp_path):
+    shutil.copytree(trained, tmp_path / "run")
+    split = [row for row in rows(trained / "split.csv") if (row["subset"], row["grade"]) != ("test", "3")]
+    kneeoa.save_csv(tmp_path / "run" / "split.csv", split[0], [row.values() for row in split])
+    assert kneeoa.main(["test", "--data", str(phantoms), "--run", str(tmp_path / "run")]) == 0
+    text = (tmp_path / "run" / "metrics.json").read_text()
+    result = json.loads(text)
+    recall = result["recall"]
+    assert "NaN" not in text and recall[3] is None  # JSON knows no NaN, and other languages refuse it
+    assert result["balanced_accuracy"] == pytest.approx(sum(recall[g] for g in (0, 1, 2, 4)) / 4)
 
 
 def test_without_a_test_subset_the_figures_are_called_those_of_validation(trained, phantoms, tmp_path, capsys):
