@@ -313,6 +313,15 @@ def test_a_knee_and_its_mirror_image_get_the_same_answer():
     assert torch.allclose(net(images), net(images.flip(3)), atol=1e-5)
 
 
+def test_the_grade_is_decided_by_sum_and_difference_of_what_is_found_in_the_halves():
+    net, shown = KneeNet((2,)).eval(), []
+    net.grade.register_forward_pre_hook(lambda _, pairs: shown.append(pairs[0]))
+    left, right = torch.tensor([[1.0, 7.0], [4.0, 2.0]]), torch.tensor([[3.0, 2.0], [4.0, 5.0]])  # two knees, two channels
+    maps = torch.cat((left, right))[:, :, None, None] + torch.tensor([[-1.0, 1.0], [2.0, -2.0]])  # with these means
+    net.head(maps)
+    assert shown[0].tolist() == [[4, 9, 2, 5], [8, 7, 0, 3]]
+
+
 def test_the_rows_of_the_band_alone_get_the_answer_of_the_whole_picture():
     net, images = KneeNet((8, 16)).eval(), torch.randn(3, 1, 97, 97)
     torch.nn.init.normal_(net.grade.weight)
