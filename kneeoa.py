@@ -1245,7 +1245,7 @@ def command_plot(data, run, device):
 
 def command_predict(run, device, images, heatmap=None):
     """Prints grade (by `decide`), its name and the probability of each grade for picture files; draws their heat maps into
-    `heatmap`."""
+    `heatmap`. Raises KneeError, before anything is graded, where that is no PNG or would be too large."""
     if heatmap and heatmap.suffix.lower() != ".png":
         raise KneeError(f"--heatmap {heatmap}: is drawn as PNG, name a file that ends in .png")
     if heatmap and len(images) > 300:
