@@ -1124,11 +1124,10 @@ def table(head, rows):
                      for row in cells)
 
 
-def what_to_type(command, data, run, options=()):
+def what_to_type(command, options):
     """What to type for a command: the same Python, which has the packages, and quotes where the shell needs them."""
-    words = {"--data": data, "--run": run} | dict(options)
     join = subprocess.list2cmdline if os.name == "nt" else shlex.join
-    return join([sys.orig_argv[0], "kneeoa.py", command, *map(str, itertools.chain(*words.items()))])
+    return join([sys.orig_argv[0], "kneeoa.py", command, *map(str, itertools.chain(*options.items()))])
 
 
 def command_split(data, run, config, patients_file=None):
@@ -1187,7 +1186,7 @@ def command_train(data, run, config, device, patients_file=None):
           f"validating on {len(sets[1])}, {count_weights(KneeNet(config.widths)):,} weights, on {device}{threads}")
     train(*sets, config, run)
     command_test(data, run, device)
-    print(f"\nall of it is in {run}; next: {what_to_type('plot', data, run)}")
+    print(f"\nall of it is in {run}; next: {what_to_type('plot', {'--data': data, '--run': run})}")
 
 
 def command_test(data, run, device):
@@ -1281,11 +1280,12 @@ def command_tune(data, run, grid, device, patients_file=None):
     ranked = sorted(settings, key=lambda row: -float(done[row][-1]))
     tried = [names.index(name) for name in grid]
     print(table(("", *grid, *figures), [(i, *(row[t] for t in tried), *done[row]) for i, row in enumerate(ranked, 1)]))
-    options = {f"--{n.replace('_', '-')}": text for n, text in zip(names, ranked[0])
-               if n != "epochs" and text != text_of(getattr(Config, n))}
+    options = {"--data": data, "--run": f"{run}-best"}
+    options |= {f"--{n.replace('_', '-')}": text for n, text in zip(names, ranked[0])
+                if n != "epochs" and text != text_of(getattr(Config, n))}
     if patients_file:  # without it, the full run would have another split
         options["--patients"] = patients_file
-    print(f"\nthe best of them in full: {what_to_type('train', data, f'{run}-best', options)}")
+    print(f"\nthe best of them in full: {what_to_type('train', options)}")
 
 
 class Parser(argparse.ArgumentParser):
