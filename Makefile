@@ -1,7 +1,7 @@
 # Pass on what you want to set: make train DATA=folder RUN=folder ARGS="--epochs 5"
 # Packages that are installed already (Colab, conda, a cluster): make train PYTHON=python3
 PYTHON ?= .venv/bin/python
-VENV := $(filter .venv/bin/python,$(PYTHON))
+VENV := $(if $(filter .venv/bin/python,$(PYTHON)),.venv/ready)
 KNEEOA = $(PYTHON) kneeoa.py $@ $(if $(DATA),--data "$(DATA)") $(if $(RUN),--run "$(RUN)") $(ARGS)
 
 .PHONY: help split train plot tune predict phantoms test
@@ -30,7 +30,8 @@ phantoms: $(VENV) ## draw 1000 knees of known grade into the folder phantoms
 test: $(VENV) ## check what this project promises (pytest)
 	$(PYTHON) -m pytest -q test_kneeoa.py
 
-.venv/bin/python: requirements.txt
+# A file of its own says that all is installed: .venv/bin/python is but a link to the system's, which a user may not touch.
+.venv/ready: requirements.txt
 	python3 -m venv .venv
-	$@ -m pip install --quiet --requirement requirements.txt
+	.venv/bin/python -m pip install --quiet --requirement requirements.txt
 	touch $@

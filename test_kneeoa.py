@@ -4,6 +4,7 @@ where there is a GPU, the program takes it, and two more tests are of that."""
 import csv
 import json
 import math
+import os
 import platform
 import shlex
 import shutil
@@ -1341,3 +1342,36 @@ def test_with_no_folder_named_and_none_there_phantoms_are_drawn(tmp_path, monkey
     assert kneeoa.main(["split"]) == 0
     assert "drawing 1000 phantoms" in capsys.readouterr().out
     assert len(rows(tmp_path / "runs" / "phantoms" / "split.csv")) == 60
+
+
+@pytest.mark.skipif(not shutil.which("make"), reason="no make here")
+def test_make_installs_once_and_again_after_a_failure_and_touches_no_python_of_the_system(tmp_path):
+    system, log, broken = tmp_path / "bin" / "python3", tmp_path / "log", tmp_path / "broken"
+    system.parent.mkdir()
+    system.write_text(f"""#!/bin/sh
+echo "$*" >> {log}
+case "$*" in
+"-m venv .venv") mkdir -p .venv/bin; ln -sf {system} .venv/bin/python ;;
+*pip*) test ! -e {broken} ;;
+esac
+""")
+    system.chmod(0o755)
+    os.utime(system, (0, 0))
+    for file in ("Makefile", "requirements.txt"):
+        shutil.copy(PROGRAM.with_name(file), tmp_path)
+
+    def made(*words):
+        """What `make` has Python do, and its status."""
+        log.write_text("")
+        environment = {"PATH": f"{system.parent}:{os.environ['PATH']}"}  # without what a `make test` may have set
+        done = subprocess.run(["make", *words], cwd=tmp_path, env=environment, capture_output=True)
+        return log.read_text().splitlines(), done.returncode
+
+    installing = ["-m venv .venv", "-m pip install --quiet --requirement requirements.txt"]
+    broken.touch()
+    assert made("train") == (installing, 2)
+    broken.unlink()
+    assert made("train", "DATA=my data", "ARGS=--epochs 5") == ([*installing, "kneeoa.py train --data my data --epochs 5"], 0)
+    assert made("plot", "RUN=a run") == (["kneeoa.py plot --run a run"], 0)
+    assert made("split", "PYTHON=python3") == (["kneeoa.py split"], 0)
+    assert system.stat().st_mtime == 0
