@@ -918,6 +918,7 @@ def new_figure(width, height):
 
 
 def shortened(name):
+    name = name.encode("utf-8", "replace").decode()  # "?" for what is no letter in a file name, which matplotlib refuses
     return name if len(name) <= 40 else name[:19] + "..." + name[-18:]
 
 
@@ -1297,6 +1298,10 @@ def parse_widths(text):
     return tuple(int(width) if width.isdecimal() else width for width in text.split(","))  # Config refuses the others
 
 
+def typed_path(text):
+    return Path(os.path.expanduser(text))  # make passes on the ~ of DATA=~/my_xrays as it is
+
+
 def text_of(value):
     return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
@@ -1313,9 +1318,9 @@ def make_parser():
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, text in COMMANDS.items():
         command = commands.add_parser(name, help=text, description=text, argument_default=argparse.SUPPRESS)
-        command.add_argument("--data", type=Path, help="folder of the X-rays (data if it is there, else phantoms)")
-        command.add_argument("--run", type=Path, help="folder of what a run leaves (runs/ and the name of the data folder)")
-        command.add_argument("--patients", type=Path, help="CSV file image,patient (osail_patients.csv beside this program)")
+        command.add_argument("--data", type=typed_path, help="folder of the X-rays (data if it is there, else phantoms)")
+        command.add_argument("--run", type=typed_path, help="folder of what a run leaves (runs/ and the name of the data folder)")
+        command.add_argument("--patients", type=typed_path, help="CSV file image,patient (osail_patients.csv beside this program)")
         for f in fields(Config):
             command.add_argument(f"--{f.name.replace('_', '-')}", type=parse_widths if f.name == "widths" else type(f.default),
                                  nargs="+" if name == "tune" else None, help=f"{f.metadata['meaning']} ({text_of(f.default)})")
@@ -1364,6 +1369,8 @@ def run_command(argv):
 def main(argv=None):
     """Runs a command line. Returns the exit status: 0, 2 after a user's error, 130 after Ctrl-C."""
     warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
+    if sys.stdout.errors == "strict":  # a letter that the terminal lacks is printed as its number, and ends nothing
+        sys.stdout.reconfigure(errors="backslashreplace")
     keep_freed_memory()
     try:
         run_command(argv)

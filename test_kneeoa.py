@@ -1254,20 +1254,34 @@ def test_a_grade_without_pictures_and_an_empty_folder_are_refused(tmp_path, caps
     assert "no pictures of grade 3" in capsys.readouterr().err
 
 
+@pytest.mark.filterwarnings("ignore:Glyph")  # fonts without Chinese signs
 def test_file_names_of_every_kind_work_all_through(tmp_path, phantoms, capsys):
     data, strange = tmp_path / "my data", ["a b", 'quo"te', "com,ma", "new\nline", "knäe-膝", "-dash"]
+    strange += ["\udcff"] if sys.platform == "linux" else []  # a byte that is no letter, which other systems refuse
     for i, file in enumerate(sorted(phantoms.rglob("*.png"))):
-        target = data / file.parent.name / f"{strange[i % 6]}{i}.png"
+        target = data / file.parent.name / f"{strange[i % len(strange)]}{i}.png"
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(file.read_bytes())
     run = tmp_path / "the run"
     assert kneeoa.main(["train", "--data", str(data), "--run", str(run), *SMALL]) == 0
     out = capsys.readouterr().out
     assert "90 of 90 pictures name no patient" in out
-    assert all((data / row["path"]).is_file() for row in rows(run / "predictions.csv"))
+    answers = kneeoa.read_csv(run / "predictions.csv")
+    assert all((data / row["path"]).is_file() for row in answers)
     python, program, *words = shlex.split(out.split("next: ")[1])  # as a shell takes what is copied from here
     assert shutil.which(python) and program == "kneeoa.py"
     assert kneeoa.main(words) == 0 and (run / "report.png").exists()
+    images = [str(data / row["path"]) for row in answers]
+    assert kneeoa.main(["predict", "--run", str(run), "--heatmap", str(tmp_path / "heat.png"), "--", *images]) == 0
+    assert len(answers) < len(capsys.readouterr().out.splitlines()) and (tmp_path / "heat.png").exists()
+
+
+def test_a_folder_at_home_is_found_where_the_shell_has_left_its_tilde(tmp_path, monkeypatch):
+    for variable in ("HOME", "USERPROFILE"):
+        monkeypatch.setenv(variable, str(tmp_path))
+    folder_of(tmp_path / "xrays", patient_names(4))
+    assert kneeoa.main(["split", "--data", "~/xrays", "--run", "~/run"]) == 0
+    assert (tmp_path / "run" / "split.csv").exists()
 
 
 def test_a_loss_that_is_no_number_stops_and_keeps_the_last_good_checkpoint(phantoms, tmp_path, monkeypatch, capsys):
