@@ -41,10 +41,10 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import NamedTuple
 
-import matplotlib
 import numpy as np
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
 from PIL import Image, ImageFilter, ImageOps
 from torch import nn
 from tqdm import tqdm
@@ -909,17 +909,10 @@ def heat_maps(net, images):
     return whole / whole.amax((1, 2), keepdim=True).clamp(min=1e-9)
 
 
-def new_figure(width, height):
-    matplotlib.use("Agg")  # draws into files, with no display
-    matplotlib.rcParams["text.parse_math"] = False  # a $ in a file name is a $
-    from matplotlib import pyplot
-
-    return pyplot.figure(figsize=(width, height), layout="constrained", dpi=110)
-
-
 def shortened(name):
-    name = name.encode("utf-8", "replace").decode()  # "?" for what is no letter in a file name, which matplotlib refuses
-    return name if len(name) <= 40 else name[:19] + "..." + name[-18:]
+    """A file name as matplotlib can write it: it refuses what is no letter, and sets what is between two $ as a formula."""
+    name = name.encode("utf-8", "replace").decode()
+    return (name if len(name) <= 40 else name[:19] + "..." + name[-18:]).replace("$", r"\$")
 
 
 def show_xray(axes, image, heat, title):
@@ -935,14 +928,13 @@ def save_figure(path, figure):
     memory = io.BytesIO()
     figure.savefig(memory, format="png")
     save(Path(path), memory.getvalue())
-    figure.clear()
 
 
 def draw_report(path, name, history, chosen, result, cells):
     """The sheet of a run: curves by epoch, confusion matrix, X-rays beside their heat maps. `cells` are ten, for grades
     0 to 4 a right answer each and then a wrong one: (image (S, S), heat (S, S), true grade, predicted grade) or None."""
     history = dict(zip(HISTORY, zip(*history)))
-    figure = new_figure(13, 8.4)
+    figure = Figure(figsize=(13, 8.4), layout="constrained", dpi=110)  # by pyplot it would need a display
     top, bottom = figure.subfigures(2, 1, height_ratios=(1.3, 1))
     curves, table = top.subfigures(1, 2, width_ratios=(2, 1.1))
     figure.suptitle(f"{shortened(name)}: {result['subset']} subset, {result['n']} pictures, accuracy {result['accuracy']:.3f}, "
@@ -982,8 +974,9 @@ def draw_report(path, name, history, chosen, result, cells):
 def draw_heat_maps(path, images, heats, grades, names):
     """Each picture (N, 1, S, S) beside its heat map (N, S, S), under its name and predicted grade, up to three in a row."""
     across = min(3, len(images))
-    figure = new_figure(6.4 * across, 3.6 * math.ceil(len(images) / across))
-    axes = figure.subplots(math.ceil(len(images) / across), 2 * across, squeeze=False).flat
+    down = math.ceil(len(images) / across)
+    figure = Figure(figsize=(6.4 * across, 3.6 * down), layout="constrained", dpi=110)
+    axes = figure.subplots(down, 2 * across, squeeze=False).flat
     for image, heat, grade, name in zip(images, heats, grades, names):
         show_xray(next(axes), image[0].cpu().numpy(), None, shortened(Path(name).name))
         show_xray(next(axes), image[0].cpu().numpy(), heat.cpu().numpy(), f"predicted {grade} ({GRADES[grade]})")

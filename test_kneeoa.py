@@ -902,6 +902,7 @@ def test_plot_draws_a_sheet_that_is_a_picture(trained, phantoms):
     sheet = np.asarray(Image.open(trained / "report.png").convert("L"))
     assert sheet.shape[0] > 600 and sheet.shape[1] > 1000
     assert 0.2 < (sheet == 255).mean() < 0.95 and len(np.unique(sheet)) > 100
+    assert "matplotlib.pyplot" not in sys.modules  # it takes a display, and a notebook's own figures are drawn by it
 
 
 def test_the_sheet_draws_the_history_and_the_confusion_matrix_of_the_run(trained, phantoms, monkeypatch):
@@ -1256,7 +1257,7 @@ def test_a_grade_without_pictures_and_an_empty_folder_are_refused(tmp_path, caps
 
 @pytest.mark.filterwarnings("ignore:Glyph")  # fonts without Chinese signs
 def test_file_names_of_every_kind_work_all_through(tmp_path, phantoms, capsys):
-    data, strange = tmp_path / "my data", ["a b", 'quo"te', "com,ma", "new\nline", "knäe-膝", "-dash"]
+    data, strange = tmp_path / "my data", ["a b", 'quo"te', "com,ma", "new\nline", "knäe-膝", "-dash", "$_$"]
     strange += ["\udcff"] if sys.platform == "linux" else []  # a byte that is no letter, which other systems refuse
     for i, file in enumerate(sorted(phantoms.rglob("*.png"))):
         target = data / file.parent.name / f"{strange[i % len(strange)]}{i}.png"
