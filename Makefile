@@ -32,6 +32,7 @@ test: $(VENV) ## check what this project promises (pytest)
 
 # A file of its own says that all is installed: .venv/bin/python is but a link to the system's, which a user may not touch.
 .venv/ready: requirements.txt
+	@python3 -c 'import sys; sys.version_info >= (3, 10) or sys.exit("kneeoa: error: python3 is too old, have 3.10 or newer in the PATH")'
 	python3 -m venv .venv
 	.venv/bin/python -m pip install --quiet --requirement requirements.txt
 	touch $@

@@ -165,7 +165,8 @@ def find_xrays(folder, patients_file=None):
                     xrays.append(Xray(path, grade, patient, subset))
         missing = set(range(K)) - {x.grade for x in xrays if x.subset == subset}
         if missing and subset in ("", "train"):
-            raise KneeError(f"{top}: no pictures of grade {', '.join(map(str, sorted(missing)))}, add some")
+            grades = ", ".join(map(str, sorted(missing)))
+            raise KneeError(f"{top}: no pictures of grade {grades}, add some, as PNG, JPEG, BMP or TIFF")
     return sorted(xrays)
 
 

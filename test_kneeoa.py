@@ -1364,6 +1364,7 @@ def test_make_installs_once_and_again_after_a_failure_and_touches_no_python_of_t
     system, log, broken = tmp_path / "bin" / "python3", tmp_path / "log", tmp_path / "broken"
     system.parent.mkdir()
     system.write_text(f"""#!/bin/sh
+test "$1" = -c && exit # what asks for the version
 echo "$*" >> {log}
 case "$*" in
 "-m venv .venv") mkdir -p .venv/bin; ln -sf {system} .venv/bin/python ;;
@@ -1390,3 +1391,6 @@ esac
     assert made("plot", "RUN=a run") == (["kneeoa.py plot --run a run"], 0)
     assert made("split", "PYTHON=python3") == (["kneeoa.py split"], 0)
     assert system.stat().st_mtime == 0
+    (tmp_path / ".venv" / "ready").unlink()
+    system.write_text(f'#!/bin/sh\necho "$1" >> {log}\ntest "$1" != -c\n')  # a Python that is too old
+    assert made("train") == (["-c"], 2)
