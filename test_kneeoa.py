@@ -944,10 +944,10 @@ def test_the_sheet_shows_of_each_grade_a_picture_answered_right_and_below_it_one
 def test_predict_prints_the_grade_its_name_and_five_probabilities(trained, phantoms, capsys, tmp_path):
     images = [str(f) for f in sorted(phantoms.rglob("*.png"))[:2]]
     assert kneeoa.main(["predict", *images, "--run", str(trained), "--heatmap", str(tmp_path / "heat.png")]) == 0
-    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-    for line, image in zip(lines[1:], images):
-        assert line[0] == image and kneeoa.GRADES[int(line[1])] == line[2]
-        assert sum(map(float, line[3:8])) == pytest.approx(1, abs=0.01)
+    for line, image in zip(capsys.readouterr().out.splitlines()[1:], images):
+        grade, name, *p = line.removeprefix(image).split()
+        assert line.startswith(image) and kneeoa.GRADES[int(grade)] == name
+        assert len(p) == 5 and sum(map(float, p)) == pytest.approx(1, abs=0.01)
     sheet = np.asarray(Image.open(tmp_path / "heat.png").convert("L"))
     assert sheet.shape[1] > 300 and (sheet[0] == 255).all()  # no title runs over the upper edge
 
@@ -964,7 +964,7 @@ def test_predict_agrees_with_the_test(trained, phantoms, capsys):
     answers = rows(trained / "predictions.csv")
     kneeoa.main(["predict", *(str(phantoms / row["path"]) for row in answers), "--run", str(trained)])
     lines = capsys.readouterr().out.splitlines()[1:]
-    assert [line.split()[1] for line in lines[: len(answers)]] == [row["predicted"] for row in answers]
+    assert [line.split()[-7] for line in lines[: len(answers)]] == [row["predicted"] for row in answers]
 
 
 def test_tune_ranks_by_validation_and_goes_on_where_it_was_stopped(phantoms, trained, tmp_path, capsys, monkeypatch):
@@ -1365,10 +1365,10 @@ def test_make_installs_once_and_again_after_a_failure_and_touches_no_python_of_t
     system.parent.mkdir()
     system.write_text(f"""#!/bin/sh
 test "$1" = -c && exit # what asks for the version
-echo "$*" >> {log}
+echo "$*" >> "{log}"
 case "$*" in
-"-m venv .venv") mkdir -p .venv/bin; ln -sf {system} .venv/bin/python ;;
-*pip*) test ! -e {broken} ;;
+"-m venv .venv") mkdir -p .venv/bin; ln -sf "{system}" .venv/bin/python ;;
+*pip*) test ! -e "{broken}" ;;
 esac
 """)
     system.chmod(0o755)
@@ -1392,5 +1392,5 @@ esac
     assert made("split", "PYTHON=python3") == (["kneeoa.py split"], 0)
     assert system.stat().st_mtime == 0
     (tmp_path / ".venv" / "ready").unlink()
-    system.write_text(f'#!/bin/sh\necho "$1" >> {log}\ntest "$1" != -c\n')  # a Python that is too old
+    system.write_text(f'#!/bin/sh\necho "$1" >> "{log}"\ntest "$1" != -c\n')  # a Python that is too old
     assert made("train") == (["-c"], 2)
