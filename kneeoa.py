@@ -1122,7 +1122,8 @@ def table(head, rows):
 def what_to_type(command, options):
     """What to type for a command: the same Python, which has the packages, and quotes where the shell needs them."""
     join = subprocess.list2cmdline if os.name == "nt" else shlex.join
-    return join([sys.orig_argv[0], "kneeoa.py", command, *map(str, itertools.chain(*options.items()))])
+    program = sys.argv[0] if __name__ == "__main__" else "kneeoa.py"
+    return join([sys.orig_argv[0], program, command, *map(str, itertools.chain(*options.items()))])
 
 
 def command_split(data, run, config, patients_file=None):

@@ -1137,6 +1137,12 @@ def test_a_finished_run_says_so_and_prints_its_result_again(phantoms, tmp_path, 
     assert "2 of 2 epochs are done already" in out and "quadratic weighted kappa" in out
 
 
+def test_what_it_says_to_type_next_works_in_the_folder_where_the_last_was_typed(trained, phantoms, tmp_path):
+    words = command("train", "--data", phantoms, "--run", trained, *SMALL)
+    done = subprocess.run(words, cwd=tmp_path, check=True, capture_output=True, text=True)
+    subprocess.run(shlex.split(done.stdout.split("next: ")[1]), cwd=tmp_path, check=True, capture_output=True)
+
+
 def test_a_run_is_not_gone_on_with_under_other_settings_or_with_other_pictures(phantoms, trained, tmp_path, capsys):
     words = ["train", "--data", str(phantoms), "--run", str(trained), *SMALL]
     assert kneeoa.main([*words, "--lr", "0.01"]) == 2
