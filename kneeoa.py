@@ -683,7 +683,7 @@ def find_layout(folder):
 def read_patients(path):
     """{file name: patient} from a CSV file with the columns image,patient."""
     try:
-        with open(path, newline="", encoding="utf-8") as file:
+        with open(path, newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file)
             if not {"image", "patient"} <= set(reader.fieldnames or ()):
                 raise ValueError("no columns image,patient")
@@ -770,7 +770,7 @@ def save_csv(path, columns, rows):
 
 def read_csv(path):
     """The rows of a CSV file as dictionaries; file names that are no UTF-8 come back as they were saved."""
-    with open(path, newline="", encoding="utf-8", errors="surrogateescape") as file:
+    with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
         return list(csv.DictReader(file))
 
 

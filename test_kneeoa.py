@@ -1238,6 +1238,14 @@ def test_a_patients_file_without_its_columns_is_refused(text, phantoms, tmp_path
     assert "is no patients file" in capsys.readouterr().err and not (tmp_path / "run").exists()
 
 
+def test_tables_that_a_spreadsheet_has_saved_are_read(phantoms, trained, tmp_path):
+    patients, split = tmp_path / "patients.csv", tmp_path / "split.csv"
+    patients.write_text("image,patient\na.png,7\n", encoding="utf-8-sig")  # Excel begins a table with a byte order mark
+    split.write_text((trained / "split.csv").read_text(), encoding="utf-8-sig")
+    assert kneeoa.read_patients(patients) == {"a.png": "7"}
+    assert kneeoa.read_split(phantoms, tmp_path) == kneeoa.read_split(phantoms, trained)
+
+
 @pytest.mark.parametrize("spoil, told", [
     (lambda text: text.replace(",train", ",exam", 1), "is damaged"),
     (lambda text: text.replace("path,", "file,", 1), "is damaged"),
