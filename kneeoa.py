@@ -645,7 +645,8 @@ def intervals(true, predicted, patients, draws=2000):
 
 
 def folders_in(folder):
-    return sorted(f for f in folder.iterdir() if f.is_dir() and not f.name.startswith("."))
+    """Without hidden ones, and without the double of each folder that an archive made on a Mac has in it."""
+    return sorted(f for f in folder.iterdir() if f.is_dir() and not f.name.startswith((".", "__MACOSX")))
 
 
 def grade_folders(folder):

@@ -131,6 +131,7 @@ def test_what_is_no_picture_or_no_grade_is_passed_over(tmp_path, capsys):
 def test_an_unzipped_archive_is_entered_and_its_unlabelled_part_left_alone(tmp_path, archive):
     names = [f"{archive}/{g}/labeled_KL{g}_image1.png" for g in range(5)]
     folder_of(tmp_path, [*names, f"{archive.replace('Labeled', 'Unlabeled')}/unlabeled_image1.png"])
+    folder_of(tmp_path, [f"__MACOSX/{name.replace('labeled_', '._labeled_')}" for name in names])  # a Mac's archives have it
     assert [x.path for x in kneeoa.find_xrays(tmp_path)] == names
 
 
