@@ -671,8 +671,10 @@ def find_layout(folder):
     if not found:
         raise KneeError(f"{folder}: no folders 0 to 4 in it, nor train/0 to train/4; put each picture under its grade")
     if len(found) > 1:
-        there = ", ".join(str(next(iter(layout.values()))) for layout in found)
-        raise KneeError(f"{folder}: has several data sets in it ({there}), name one with --data")
+        firsts = [next(iter(layout.items())) for layout in found]
+        there = ", ".join(str(top.parent if subset else top) for subset, top in firsts)
+        raise KneeError(f"{folder}: has several data sets in it ({there}), name one with --data; "
+                        f"or, if they are the subsets of one, call them train, val and test")
     layout = found[0]
     for top in layout.values():
         passed_over = {f.name for f in folders_in(top)} - {f.name for _, f in grade_folders(top)}

@@ -135,6 +135,16 @@ def test_an_unzipped_archive_is_entered_and_its_unlabelled_part_left_alone(tmp_p
     assert [x.path for x in kneeoa.find_xrays(tmp_path)] == names
 
 
+def test_of_several_data_sets_one_is_to_be_named(tmp_path, capsys):
+    names = patient_names(4, "kneeKL224/train/") + patient_names(4, "kneeKL224/val/", 100) + patient_names(4, "kneeKL299/")
+    words = ["split", "--run", str(tmp_path / "run"), "--data"]
+    data = folder_of(tmp_path / "both", names)
+    assert kneeoa.main([*words, str(data)]) == 2
+    assert f"several data sets in it ({data / 'kneeKL224'}, {data / 'kneeKL299'}), name one" in capsys.readouterr().err
+    for name in ("kneeKL224", "kneeKL299"):
+        assert kneeoa.main([*words, str(data / name)]) == 0
+
+
 def test_the_patient_comes_from_the_patients_file_then_the_name_then_is_the_picture_itself(tmp_path):
     names = ["0/a.png", "1/9003175L.png", "2/9003175R.png", "3/b.png", "4/c.png"]
     table = tmp_path / "patients.csv"
