@@ -676,10 +676,11 @@ def find_layout(folder):
         raise KneeError(f"{folder}: has several data sets in it ({there}), name one with --data; "
                         f"or, if they are the subsets of one, call them train, val and test")
     layout = found[0]
-    for top in layout.values():
-        passed_over = {f.name for f in folders_in(top)} - {f.name for _, f in grade_folders(top)}
-        if passed_over:
-            print(f"passed over, no grade: {', '.join(sorted(passed_over))}")
+    tops = list(layout.values())
+    seen = {f for top in (tops if "" in layout else [tops[0].parent, *tops]) for f in folders_in(top)}
+    passed_over = seen.difference(tops, (f for top in tops for _, f in grade_folders(top)))
+    if passed_over:
+        print(f"passed over, no grade or subset: {', '.join(sorted(f.relative_to(folder).as_posix() for f in passed_over))}")
     return layout
 
 
@@ -846,7 +847,7 @@ def resume(run, begun, config, state):
     refuse_other(run, last, begun | {"config": config})
     for name, part in state.items():
         part.load_state_dict(last[name])
-    print(f"{run}: {len(last['history'])} of {config.epochs} epochs are done already")
+    print(f"{run}: {len(last['history'])} of {config.epochs} epochs are done already; another --run would begin anew")
     keep(run, begun, last["history"], last["best"], state)  # it may have been stopped before all was written
     return last["history"], last["best"]
 
@@ -1256,6 +1257,7 @@ def command_predict(run, device, images, heatmap=None):
     print(table(("file", "grade", "name", *(f"p{g}" for g in range(K))), [
         (path, grade, GRADES[grade], *(f"{p:.3f}" for p in answer))
         for path, grade, answer in zip(images, grades, answers.tolist())]))
+    print(f"graded by {run / 'best.pt'}; --run names another", file=sys.stderr)  # a network of phantoms knows no real knee
     if heatmap:
         draw_heat_maps(heatmap, pictures, heat_maps(net, pictures), grades, images)
         print(f"drawn: {heatmap}")

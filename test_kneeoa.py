@@ -124,7 +124,10 @@ def test_what_is_no_picture_or_no_grade_is_passed_over(tmp_path, capsys):
     for name in ("Thumbs.db", ".DS_Store", "notes.txt"):
         (tmp_path / "1" / name).write_text("no picture")
     assert [x.path for x in kneeoa.find_xrays(tmp_path)] == [f"{g}/x.png" for g in range(5)]
-    assert "passed over, no grade: 10, Unlabeled" in capsys.readouterr().out
+    assert "passed over, no grade or subset: 10, Unlabeled\n" in capsys.readouterr().out
+    folder_of(tmp_path / "chen", patient_names(1, "train/") + patient_names(1, "valid/") + patient_names(1, "test/"))
+    kneeoa.find_xrays(folder_of(tmp_path / "chen", ["test/left/x.png"]))
+    assert "passed over, no grade or subset: test/left, valid\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("archive", ["OSAIL_KL_Dataset/Labeled", "my downloads/OSAIL_KL_Dataset/Labeled"])
@@ -955,7 +958,9 @@ def test_the_sheet_shows_of_each_grade_a_picture_answered_right_and_below_it_one
 def test_predict_prints_the_grade_its_name_and_five_probabilities(trained, phantoms, capsys, tmp_path):
     images = [str(f) for f in sorted(phantoms.rglob("*.png"))[:2]]
     assert kneeoa.main(["predict", *images, "--run", str(trained), "--heatmap", str(tmp_path / "heat.png")]) == 0
-    for line, image in zip(capsys.readouterr().out.splitlines()[1:], images):
+    out, err = capsys.readouterr()
+    assert f"graded by {trained / 'best.pt'}" in err
+    for line, image in zip(out.splitlines()[1:], images):
         grade, name, *p = line.removeprefix(image).split()
         assert line.startswith(image) and kneeoa.GRADES[int(grade)] == name
         assert len(p) == 5 and sum(map(float, p)) == pytest.approx(1, abs=0.01)
