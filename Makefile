@@ -34,5 +34,5 @@ test: $(VENV) ## check what this project promises (pytest)
 .venv/ready: requirements.txt
 	@python3 -c 'import sys; sys.version_info >= (3, 10) or sys.exit("kneeoa: error: python3 is too old, have 3.10 or newer in the PATH")'
 	python3 -m venv .venv
-	.venv/bin/python -m pip install --quiet --requirement requirements.txt
+	.venv/bin/python -m pip install --requirement requirements.txt
 	touch $@
