@@ -51,7 +51,7 @@ from tqdm import tqdm
 
 # What makes this a program about knees. For hips, hands or chests change these lines first; README.md lists the rest.
 GRADES = ("none", "doubtful", "minimal", "moderate", "severe")  # the name of grade g is GRADES[g]
-PATIENT = re.compile(r"(\d+)[ _-]?(L|R|left|right)\b", re.IGNORECASE)  # in 9003175L.png the patient is 9003175
+PATIENT = re.compile(r"(\d+)[ _-]?(L|R|left|right)(?![a-z])", re.IGNORECASE)  # in 9003175L.png the patient is 9003175
 BAND = (2 / 7, 6 / 7)  # the rows the network looks at, as shares of the height: the joint and the bone next to it
 HALF = 4 / 7  # the width of each of its two halves, as a share of the picture's: squares that overlap in the middle
 
@@ -100,7 +100,7 @@ class Config:
                 wanted = f"one to four numbers from {low} to {high}, with commas"
             else:  # written so that NaN, which is neither below nor above anything, is refused too
                 good = isinstance(value, (int, type(f.default))) and low <= value <= high
-                wanted = f"from {low:g} to {high:g}"
+                wanted = f"from {low} to {high}"
             if not good:
                 raise KneeError(f"--{f.name.replace('_', '-')} {text_of(value)}: must be {wanted}")
 
@@ -1318,9 +1318,10 @@ def make_parser():
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, text in COMMANDS.items():
         command = commands.add_parser(name, help=text, description=text, argument_default=argparse.SUPPRESS)
-        command.add_argument("--data", type=typed_path, help="folder of the X-rays (data if it is there, else phantoms)")
-        command.add_argument("--run", type=typed_path, help="folder of what a run leaves (runs/ and the name of the data folder)")
-        command.add_argument("--patients", type=typed_path, help="CSV file image,patient (osail_patients.csv beside this program)")
+        for option, text in (("--data", "folder of the X-rays (data if it is there, else phantoms)"),
+                             ("--run", "folder of what a run leaves (runs/ and the name of the data folder)"),
+                             ("--patients", "CSV file image,patient (osail_patients.csv beside this program)")):
+            command.add_argument(option, type=typed_path, help=text)
         for f in fields(Config):
             command.add_argument(f"--{f.name.replace('_', '-')}", type=parse_widths if f.name == "widths" else type(f.default),
                                  nargs="+" if name == "tune" else None, help=f"{f.metadata['meaning']} ({text_of(f.default)})")

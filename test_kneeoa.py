@@ -156,6 +156,15 @@ def test_the_patient_comes_from_the_patients_file_then_the_name_then_is_the_pict
     assert found == dict(zip(names, ("7", "9003175", "9003175", "3/b.png", "7")))
 
 
+@pytest.mark.parametrize("name, patient", [
+    ("9003175L", "9003175"), ("9003175_R_v00", "9003175"), ("007 left (2)", "007"), ("12-RIGHT", "12"),
+    ("12Lateral", None), ("12", None), ("1996-05-02L", None), ("knee7L", None),
+])
+def test_a_name_tells_the_patient_if_it_begins_with_digits_and_a_side(name, patient, tmp_path):
+    found = kneeoa.find_xrays(folder_of(tmp_path, [f"{g}/{name}.png" for g in range(5)]))
+    assert {x.patient for x in found} == ({patient} if patient else {x.path for x in found})
+
+
 def test_the_shipped_patients_file_knows_the_osail_pictures(tmp_path):
     table = rows(PROGRAM.with_name("osail_patients.csv"))
     assert len(table) == 2352 and len({row["patient"] for row in table}) == 1224
@@ -1368,6 +1377,7 @@ def test_a_run_folder_that_cannot_be_written_is_named(phantoms, tmp_path, capsys
     (["train", "--lr", "inf"], "--lr inf: must be"),
     (["train", "--size", "63"], "--size 63: must be"),
     (["train", "--batch", "1"], "--batch 1: must be"),
+    (["train", "--seed", "-1"], "--seed -1: must be from 0 to 2147483647"),
     (["train", "--dropout", "-0.1"], "--dropout -0.1: must be"),
     (["train", "--widths", "8,0"], "--widths 8,0: must be one to four numbers"),
     (["train", "--epochs", "many"], "--epochs"),
