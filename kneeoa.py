@@ -444,7 +444,7 @@ def soft_targets(softness, device="cpu"):
     """(5, 5): row g is what the network should answer for grade g, softmax(-(distance)^2 / softness) (Diaz and Marathe,
     2019). Grades are ordered and radiologists often differ by one, so a neighbour is less wrong than a stranger."""
     grade = torch.arange(K, device=device)
-    return torch.softmax(-(grade[:, None] - grade).square() / max(softness, 1e-9), 1)  # of 0, so small that nothing leaks
+    return torch.softmax(-(grade[:, None] - grade).square() / max(softness, 1e-9), 1)  # for 0 a number so small that nothing leaks
 
 
 def decide(probabilities):
