@@ -669,7 +669,7 @@ def find_layout(folder):
         raise KneeError(f"{folder}: no such folder, name the folder of the X-rays with --data")
     found = layouts(folder)
     if not found:
-        raise KneeError(f"{folder}: no folders 0 to 4 in it, nor train/0 to train/4; put each picture under its grade")
+        raise KneeError(f"{folder}: no folders 0 to {K - 1} in it, nor train/0 to train/{K - 1}; put each picture under its grade")
     if len(found) > 1:
         firsts = [next(iter(layout.items())) for layout in found]
         there = ", ".join(str(top.parent if subset else top) for subset, top in firsts)
@@ -936,8 +936,8 @@ def save_figure(path, figure):
 
 
 def draw_report(path, name, history, chosen, result, cells):
-    """The sheet of a run: curves by epoch, confusion matrix, X-rays beside their heat maps. `cells` are ten, for grades
-    0 to 4 a right answer each and then a wrong one: (image (S, S), heat (S, S), true grade, predicted grade) or None."""
+    """The sheet of a run: curves by epoch, confusion matrix, X-rays beside their heat maps. `cells` are a right answer for
+    each grade and then a wrong one for each: (image (S, S), heat (S, S), true grade, predicted grade) or None."""
     history = dict(zip(HISTORY, zip(*history)))
     figure = Figure(figsize=(13, 8.4), layout="constrained", dpi=110)  # by pyplot it would need a display
     top, bottom = figure.subfigures(2, 1, height_ratios=(1.3, 1))
@@ -961,8 +961,9 @@ def draw_report(path, name, history, chosen, result, cells):
     for true, predicted in itertools.product(range(K), repeat=2):
         axes.text(predicted, true, f"{counts[true, predicted]}\n{shares[true, predicted]:.0%}", ha="center", va="center",
                   fontsize=9, color="white" if shares[true, predicted] > 0.6 else "black")
-    axes.set(xlabel="predicted grade", ylabel="true grade", title=f"{result['subset']}: pictures, share of the row")
-    grid = bottom.subplots(2, 10, squeeze=False)
+    axes.set(xlabel="predicted grade", ylabel="true grade", title=f"{result['subset']}: pictures, share of the row",
+             xticks=range(K), yticks=range(K))
+    grid = bottom.subplots(2, 2 * K)
     for i, axes in enumerate(grid.flat):  # the upper row answered right, the lower one wrong
         cell = cells[i // 2]
         axes.axis("off")

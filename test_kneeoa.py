@@ -6,6 +6,7 @@ import json
 import math
 import os
 import platform
+import re
 import shlex
 import shutil
 import signal
@@ -962,6 +963,22 @@ def test_the_sheet_shows_of_each_grade_a_picture_answered_right_and_below_it_one
         place = axes.get_subplotspec()
         assert (place.rowspan.start, place.colspan.start, title) == (row, column, wanted_title)
         assert np.array_equal(image, kneeoa.read_xray(phantoms / path, 64)) and (heat is None) == title.startswith("true")
+
+
+def test_another_number_of_grades_takes_another_line_at_the_top_of_the_file(phantoms, tmp_path):
+    names = ("none", "some", "much")
+    program = re.sub(r"^GRADES = .*", f"GRADES = {names}", PROGRAM.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    (tmp_path / "kneeoa.py").write_text(program, encoding="utf-8")
+    for i, file in enumerate(sorted(phantoms.rglob("*.png"))):
+        target = tmp_path / "data" / str(i % len(names)) / f"{i}L.png"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(file.read_bytes())
+    for words in (["train", *SMALL], ["plot"], ["predict", "--heatmap", "heat.png", "--", str(target)]):
+        done = subprocess.run([sys.executable, "kneeoa.py", *words], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "runs" / "data" / "metrics.json").read_text())
+    assert len(result["recall"]) == len(result["confusion"]) == len(names)
+    assert re.search(r"name +p0 +p1 +p2\n", done.stdout)
 
 
 def test_predict_prints_the_grade_its_name_and_five_probabilities(trained, phantoms, capsys, tmp_path):
