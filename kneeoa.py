@@ -444,7 +444,7 @@ def soft_targets(softness, device="cpu"):
     """(5, 5): row g is what the network should answer for grade g, softmax(-(distance)^2 / softness) (Diaz and Marathe,
     2019). Grades are ordered and radiologists often differ by one, so a neighbour is less wrong than a stranger."""
     grade = torch.arange(K, device=device)
-    return torch.softmax(-(grade[:, None] - grade).square() / max(softness, 1e-9), 1)  # for 0 a number so small that nothing leaks
+    return torch.softmax(-(grade[:, None] - grade).square() / max(softness, 1e-9), 1)  # for 0 so little that nothing leaks
 
 
 def decide(probabilities):
@@ -579,7 +579,7 @@ def train(train_set, val_set, config, run, bars=True):
                 raise KneeError(f"epoch {epoch}: the loss is no number any more, "
                                 f"try --lr {config.lr / 4:.1g} and another --run")
             scores = metrics(confusion_matrix(val_set.grades, decide(answers)))
-            accuracy, kappa = float(scores["accuracy"]), float(scores["kappa"])
+            accuracy, kappa = float(scores["accuracy"]), float(np.nan_to_num(scores["kappa"]))  # 0 where it is undefined
             left = (config.epochs - epoch) * (time.perf_counter() - start)
             bar.set_postfix_str(f"{bar.postfix} | validation loss {val_loss:.3f} accuracy {accuracy:.3f} "
                                 f"kappa {kappa:.3f} | {tqdm.format_interval(left)} left")
@@ -669,7 +669,7 @@ def find_layout(folder):
         raise KneeError(f"{folder}: no such folder, name the folder of the X-rays with --data")
     found = layouts(folder)
     if not found:
-        raise KneeError(f"{folder}: no folders 0 to {K - 1} in it, nor train/0 to train/{K - 1}; put each picture under its grade")
+        raise KneeError(f"{folder}: no folders 0 to {K - 1} in it, nor in a folder train; put each picture under its grade")
     if len(found) > 1:
         firsts = [next(iter(layout.items())) for layout in found]
         there = ", ".join(str(top.parent if subset else top) for subset, top in firsts)
@@ -942,8 +942,9 @@ def draw_report(path, name, history, chosen, result, cells):
     figure = Figure(figsize=(13, 8.4), layout="constrained", dpi=110)  # by pyplot it would need a display
     top, bottom = figure.subfigures(2, 1, height_ratios=(1.3, 1))
     curves, table = top.subfigures(1, 2, width_ratios=(2, 1.1))
+    kappa = "undefined" if result["kappa"] is None else f"{result['kappa']:.3f}"
     figure.suptitle(f"{shortened(name)}: {result['subset']} subset, {result['n']} pictures, accuracy {result['accuracy']:.3f}, "
-                    f"balanced {result['balanced_accuracy']:.3f}, kappa {result['kappa']:.3f}, MAE {result['mae']:.3f}")
+                    f"balanced {result['balanced_accuracy']:.3f}, kappa {kappa}, MAE {result['mae']:.3f}")
     epochs, dot = history["epoch"], 3 if len(history["epoch"]) <= 50 else 0  # more dots would run into one another
     for axes, quantity, unit in zip(curves.subplots(1, 2), ("loss", "accuracy"), ("cross-entropy, nats", "share right")):
         axes.plot(epochs, history[f"train_{quantity}"], "o-", color="#0072b2", ms=dot, label="training (augmented)")
@@ -1221,7 +1222,8 @@ def command_test(data, run, device):
 
     result = {"subset": subset, "n": len(tested), "epoch": checkpoint["epoch"], "parameters": count_weights(net),
               **{name: plain(figures[name]) for name in FIGURES}, "recall": [plain(r) for r in figures["recall"]],
-              "confusion": confusion.tolist(), "majority_accuracy": float(majority["accuracy"]), "intervals": within}
+              "confusion": confusion.tolist(), "majority_accuracy": float(majority["accuracy"]),
+              "intervals": {name: [plain(low), plain(high)] for name, (low, high) in within.items()}}
     save(run / "metrics.json", json.dumps(result, indent=1) + "\n")
     save_csv(run / "predictions.csv", ("path", "grade", "predicted", *(f"p{g}" for g in range(K))),
              [(x.path, x.grade, p, *(f"{a:.4f}" for a in answer)) for x, p, answer in zip(tested, predicted, answers.tolist())])

@@ -649,6 +649,13 @@ def test_of_epochs_with_equal_kappa_the_one_with_the_lower_loss_is_the_best(phan
     assert (best["epoch"], best["figures"]["val_kappa"], best["figures"]["val_loss"]) == (3, 1, 0.5)
 
 
+def test_where_kappa_is_undefined_the_epoch_with_the_lowest_loss_is_the_best(phantoms, tmp_path, monkeypatch):
+    dataset = KneeFolder(phantoms, [x for x in kneeoa.find_xrays(phantoms) if x.grade == 2], 64)  # a single grade
+    told = iter([0.3, 0.1, 0.2])
+    monkeypatch.setattr(kneeoa, "evaluate", lambda *_: (next(told), torch.eye(5)[dataset.grades]))
+    assert kneeoa.train(dataset, dataset, Config(size=64, widths=(8,), epochs=3), tmp_path)["epoch"] == 2
+
+
 def test_after_one_epoch_what_is_validated_is_nearer_to_the_trained_weights_than_to_the_first(phantoms, tmp_path, monkeypatch):
     def stop(*_):
         raise KeyboardInterrupt
@@ -894,6 +901,19 @@ def test_a_grade_that_is_not_in_the_test_subset_has_no_recall_and_no_part_in_the
     recall = result["recall"]
     assert "NaN" not in text and recall[3] is None  # JSON knows no NaN, and other languages refuse it
     assert result["balanced_accuracy"] == pytest.approx(sum(recall[g] for g in (0, 1, 2, 4)) / 4)
+
+
+@pytest.mark.filterwarnings("ignore:All-NaN")
+def test_a_single_picture_answered_right_has_no_kappa(trained, phantoms, tmp_path, capsys):
+    shutil.copytree(trained, tmp_path / "run")
+    right = next(row["path"] for row in rows(trained / "predictions.csv") if row["grade"] == row["predicted"])
+    split = [row for row in rows(trained / "split.csv") if row["subset"] != "test" or row["path"] == right]
+    kneeoa.save_csv(tmp_path / "run" / "split.csv", split[0], [row.values() for row in split])
+    assert kneeoa.main(["plot", "--data", str(phantoms), "--run", str(tmp_path / "run")]) == 0
+    text = (tmp_path / "run" / "metrics.json").read_text()
+    result = json.loads(text)
+    assert "NaN" not in text and result["kappa"] is None and result["intervals"]["kappa"] == [None, None]
+    assert result["accuracy"] == 1 and "kappa     nan" in capsys.readouterr().out
 
 
 def test_without_a_test_subset_the_figures_are_called_those_of_validation(trained, phantoms, tmp_path, capsys):
