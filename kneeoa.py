@@ -523,7 +523,7 @@ def train(train_set, val_set, config, run, bars=True):
     Every epoch makes its random generators anew, from the seed and its number. So there is no state of theirs to save,
     and a run that was stopped goes on with the same numbers as one that was not.
     """
-    device = train_set.images.device
+    run, device = Path(run), train_set.images.device
     torch.manual_seed(config.seed)  # the first weights
     net = KneeNet(config.widths, config.dropout).to(device, memory_format=torch.channels_last)
     # Weight decay beside the step and not in its gradient: Adam would scale it away (Loshchilov and Hutter, 2019).
@@ -787,7 +787,7 @@ def save_checkpoint(path, checkpoint):
 def load_checkpoint(path, *needed):
     """The checkpoint at `path` as a dictionary, its "config" made into a Config. Raises KneeError if it is none of this
     program's, or lacks one of the keys that are needed."""
-    if not path.is_file():
+    if not Path(path).is_file():
         raise KneeError(f"{path}: no such checkpoint, run train first or name the run's folder with --run")
     try:
         # weights_only: a checkpoint is a pickle, and a pickle from a stranger can run any program.

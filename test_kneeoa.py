@@ -591,8 +591,8 @@ def test_a_tiny_set_is_learned_by_heart(phantoms, tmp_path):
     few = [next(x for x in xrays if x.grade == g) for g in range(5)] * 2
     dataset = KneeFolder(phantoms, few, 64)
     config = Config(size=64, widths=(16, 32), epochs=40, batch=10, dropout=0.0, augment=0.0, lr=5e-3)
-    best = kneeoa.train(dataset, dataset, config, tmp_path)
-    net = kneeoa.load_net(best, torch.device("cpu"))
+    kneeoa.train(dataset, dataset, config, str(tmp_path))  # a folder's name will do
+    net = kneeoa.load_net(kneeoa.load_checkpoint(f"{tmp_path}/best.pt"), "cpu")
     answers = kneeoa.probabilities(net, dataset.images, [kneeoa.MAIN_VIEW])  # without augmentation, it has seen no other view
     assert kneeoa.decide(answers).tolist() == dataset.grades.tolist()
 
@@ -864,6 +864,7 @@ def test_a_bar_shows_each_epoch_and_its_figures(phantoms, tmp_path, capsys):
         loss, accuracy, val_loss, val_accuracy, kappa = (f"{float(row[name]):.3f}" for name in list(row)[1:6])
         assert f"epoch {row['epoch']}/2 100%" in shown
         assert f"loss {loss} accuracy {accuracy} | validation loss {val_loss} accuracy {val_accuracy} kappa {kappa} | " in shown
+    assert re.search(r"epoch 1/2 100%.* 00:[0-5]\d left", shown)  # the second takes no minute
 
 
 def test_the_test_prints_its_figures_with_their_intervals_and_the_recall_of_each_grade(trained, phantoms, capsys):
