@@ -1378,10 +1378,12 @@ def main(argv=None):
     keep_freed_memory()
     try:
         run_command(argv)
-    except (KneeError, OSError) as error:
+    except (KneeError, OSError, MemoryError, torch.OutOfMemoryError) as error:
         text = str(error)
         if isinstance(error, OSError):
             text = f"{error.filename or 'file'}: {error.strerror or error}; check path, permissions and space on the disk"
+        elif not isinstance(error, KneeError):
+            text = "the memory is full, try a smaller --size or --batch, or another --device"
         print("kneeoa: error: " + text.replace("\n", "\\n"), file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -1402,6 +1402,16 @@ def test_a_full_disk_ends_in_one_line_and_leaves_the_old_file(tmp_path):
     assert path.read_text() == "old" and [f.name for f in tmp_path.iterdir()] == ["metrics.json"]
 
 
+@pytest.mark.parametrize("kind", [MemoryError, torch.OutOfMemoryError])  # the first is NumPy's, the other a GPU's
+def test_a_full_memory_ends_in_one_line(kind, phantoms, tmp_path, monkeypatch, capsys):
+    def full(*_):
+        raise kind("Unable to allocate 99.9 GiB")
+
+    monkeypatch.setattr(kneeoa, "KneeFolder", full)
+    assert kneeoa.main(["train", "--data", str(phantoms), "--run", str(tmp_path)]) == 2
+    assert "kneeoa: error: the memory is full, try a smaller --size or --batch" in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_a_run_folder_that_cannot_be_written_is_named(phantoms, tmp_path, capsys):
     (tmp_path / "file").write_text("no folder")
     assert kneeoa.main(["split", "--data", str(phantoms), "--run", str(tmp_path / "file" / "run")]) == 2
