@@ -1086,11 +1086,11 @@ def draw_phantom(severity, patient, knee, size=224):
 
 def make_phantoms(folder, count=1000, seed=0):
     """Draws `count` phantoms into folder/0 ... folder/4, a left and a right knee of each patient (`1000001L.png`).
-    Raises KneeError if the folder is there and not empty, or if `count` is too small to be split by patient."""
+    Raises KneeError if the folder is there and not empty, or the current one, or if `count` is too small to be split."""
     folder = Path(folder)
     if count < 60:
         raise KneeError(f"--count {count}: too few to be split by patient, draw 60 or more")
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir()) or folder.resolve() == Path.cwd()):
         raise KneeError(f"{folder}: is there already, remove it or name another folder with --data")
     beside = folder.with_name(folder.name + ".part")  # renamed at the end: a half-drawn set is never taken for a whole one
     shutil.rmtree(beside, ignore_errors=True)  # what a drawing that was stopped has left

@@ -809,6 +809,9 @@ def test_phantoms_are_never_drawn_into_the_data_folder_and_the_fewest_allowed_ca
     assert len(list((tmp_path / "data").rglob("*.png"))) == 1 and len(list((tmp_path / "phantoms").rglob("*.png"))) == 60
     assert kneeoa.main(["split", "--data", "phantoms"]) == 0
     assert kneeoa.main(["phantoms", "--data", "fewer", "--count", "59"]) == 2
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    assert kneeoa.main(["phantoms", "--data", "."]) == 2  # it would take the ground from under the shell's feet
 
 
 def test_phantoms_are_drawn_in_float32_since_float64_would_take_three_times_as_long(monkeypatch):
