@@ -1273,14 +1273,18 @@ def command_tune(data, run, grid, device, patients_file=None):
     figures = ("epoch", "val_loss", "val_accuracy", "val_kappa")
     configs = [Config(**dict(zip(grid, values))) for values in itertools.product(*grid.values())]
     settings = {tuple(text_of(getattr(config, name)) for name in names): config for config in configs}
-    there = read_csv(run / "tune.csv") if (run / "tune.csv").exists() else []
-    done = {tuple(row[n] for n in names): [row[f] for f in figures] for row in there}
+    path = run / "tune.csv"
+    try:
+        there = read_csv(path) if path.exists() else []
+        done = {tuple(row[n] for n in names): [f"{float(row[f]):.4g}" for f in figures] for row in there}
+    except (KeyError, TypeError, ValueError, csv.Error) as error:
+        raise KneeError(f"{path}: is damaged ({error}), remove it; the trainings themselves are kept") from error
     for row, config in tqdm(settings.items(), "tune", unit="setting"):
         if row not in done:
             sets = training_sets(data, run, config, device, patients_file)
             best = train(*sets, config, run / "tune" / "_".join(row), bars=False)
             done[row] = [f"{best['figures'][f]:.4g}" for f in figures]
-            save_csv(run / "tune.csv", (*names, *figures), [key + tuple(value) for key, value in done.items()])
+            save_csv(path, (*names, *figures), [key + tuple(value) for key, value in done.items()])
     ranked = sorted(settings, key=lambda row: -float(done[row][-1]))
     tried = [names.index(name) for name in grid]
     print(table(("", *grid, *figures), [(i, *(row[t] for t in tried), *done[row]) for i, row in enumerate(ranked, 1)]))

@@ -1340,6 +1340,22 @@ def test_a_bad_split_file_is_refused(spoil, told, phantoms, trained, tmp_path, c
     assert not (tmp_path / "last.pt").exists()
 
 
+@pytest.mark.parametrize("old, new", [("lr,", "rate,"), (",0.", ",much.")], ids=["columns", "words"])
+def test_a_bad_table_of_what_was_tried_is_refused_and_made_again_when_it_is_gone(old, new, phantoms, trained, tmp_path, capsys):
+    (tmp_path / "split.csv").write_bytes((trained / "split.csv").read_bytes())
+    words = ["tune", "--data", str(phantoms), "--run", str(tmp_path), "--size", "64", "--epochs", "1", "--widths", "4"]
+    assert kneeoa.main(words) == 0
+    table = (tmp_path / "tune.csv").read_text()
+    (tmp_path / "tune.csv").write_text(table.replace(old, new))
+    capsys.readouterr()
+    assert kneeoa.main(words) == 2
+    err = capsys.readouterr().err
+    assert "tune.csv: is damaged" in err and err.count("\n") == 1
+    (tmp_path / "tune.csv").unlink()
+    assert kneeoa.main(words) == 0 and (tmp_path / "tune.csv").read_text() == table
+    assert "1 of 1 epochs are done already" in capsys.readouterr().out
+
+
 def test_a_grade_without_pictures_and_an_empty_folder_are_refused(tmp_path, capsys):
     assert kneeoa.main(["split", "--data", str(tmp_path)]) == 2
     assert "no folders 0 to 4 in it" in capsys.readouterr().err
