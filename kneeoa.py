@@ -114,6 +114,8 @@ def read_grey(path):
     """One picture as uint8 (height, width), upright. Raises KneeError with the file's name if it can't be read."""
     try:
         with Image.open(path) as image:
+            if max(image.size) > 64 * min(image.size):  # nothing would be left of its shorter side
+                raise ValueError(f"{image.width} x {image.height} pixels")
             image = ImageOps.exif_transpose(image)
             if image.mode[0] in "IF":  # more than 8 bits a pixel: 16-bit grey, 32-bit integers or floats
                 # Pillow's convert("L") would clip all above 255 to white. Scaling from the 0.5th to the 99.5th

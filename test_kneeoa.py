@@ -1253,6 +1253,7 @@ BROKEN = {
     "text.jpg": lambda path: path.write_text("I am a picture, believe me"),
     "random.png": lambda path: path.write_bytes(np.random.default_rng(0).bytes(5000)),
     "bomb.png": bomb,
+    "line.png": lambda path: xray_file(path, size=(200, 3)),
 }
 
 
