@@ -444,7 +444,8 @@ def rate(progress):
 
 def soft_targets(softness, device="cpu"):
     """(5, 5): row g is what the network should answer for grade g, softmax(-(distance)^2 / softness) (Diaz and Marathe,
-    2019). Grades are ordered and radiologists often differ by one, so a neighbour is less wrong than a stranger."""
+    2019). Grades are ordered and radiologists often differ by one, so a neighbour is less wrong than a stranger. What learns
+    from them is seldom surer than they are, .79 to .88 for softness 0.5, and so right more often than it says."""
     grade = torch.arange(K, device=device)
     return torch.softmax(-(grade[:, None] - grade).square() / max(softness, 1e-9), 1)  # for 0 so little that nothing leaks
 
