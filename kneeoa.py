@@ -51,7 +51,7 @@ from tqdm import tqdm
 
 # What makes this a program about knees. For hips, hands or chests change these lines first; README.md lists the rest.
 GRADES = ("none", "doubtful", "minimal", "moderate", "severe")  # the name of grade g is GRADES[g]
-PATIENT = re.compile(r"(\d+)[ _-]?(L|R|left|right)(?![a-z])", re.IGNORECASE)  # in 9003175L.png the patient is 9003175
+PATIENT = re.compile(r"(\d+)[ _-]?(L|R|left|right)(?![a-z])", re.IGNORECASE)  # 9003175L.png is of 9003175, 12lateral.png of none
 BAND = (2 / 7, 6 / 7)  # the rows the network looks at, as shares of the height: the joint and the bone next to it
 HALF = 4 / 7  # the width of each of its two halves, as a share of the picture's: squares that overlap in the middle
 
@@ -673,15 +673,14 @@ def find_layout(folder):
     found = layouts(folder)
     if not found:
         raise KneeError(f"{folder}: no folders 0 to {K - 1} in it, nor in a folder train; put each picture under its grade")
+    firsts = [next(iter(layout.items())) for layout in found]
+    bases = [top.parent if subset else top for subset, top in firsts]  # the folder of each data set
     if len(found) > 1:
-        firsts = [next(iter(layout.items())) for layout in found]
-        there = ", ".join(str(top.parent if subset else top) for subset, top in firsts)
-        raise KneeError(f"{folder}: has several data sets in it ({there}), name one with --data; "
+        raise KneeError(f"{folder}: has several data sets in it ({', '.join(map(str, bases))}), name one with --data; "
                         f"or, if they are the subsets of one, call them train, val and test")
-    layout = found[0]
-    tops = list(layout.values())
-    seen = {f for top in (tops if "" in layout else [tops[0].parent, *tops]) for f in folders_in(top)}
-    passed_over = seen.difference(tops, (f for top in tops for _, f in grade_folders(top)))
+    layout, tops = found[0], set(found[0].values())
+    seen = {f for top in tops | {bases[0]} for f in folders_in(top)}
+    passed_over = seen - tops - {f for top in tops for _, f in grade_folders(top)}
     if passed_over:
         print(f"passed over, no grade or subset: {', '.join(sorted(f.relative_to(folder).as_posix() for f in passed_over))}")
     return layout
