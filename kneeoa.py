@@ -38,6 +38,7 @@ import warnings
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -85,7 +86,7 @@ class Config:
     weight_decay: float = setting(0.02, 0.0, 1.0, "share of each weight that a step at rate 1 would take away")
     dropout: float = setting(0.3, 0.0, 0.95, "share of the features hidden from the last layer in training")
     widths: tuple = setting((32, 64, 96, 192), 4, 1024, "channels of each stage, with commas: 32,64,96,192")
-    softness: float = setting(0.5, 0.0, 10.0, "how far a target leaks to the neighbouring grades, 0: not at all")
+    softness: float = setting(0.5, 0.0, 2.0, "how far a target leaks to the neighbouring grades, 0: not at all")
     augment: float = setting(1.0, 0.0, 3.0, "strength of the random changes to training pictures, 0: none")
     seed: int = setting(0, 0, 2**31 - 1, "chooses split, first weights, order and random changes")
     device: str = setting("auto", None, None, "auto (CUDA, else Apple's MPS, else CPU), cpu, cuda, cuda:1, mps")
@@ -444,23 +445,38 @@ def rate(progress):
 
 def soft_targets(softness, device="cpu"):
     """(5, 5): row g is what the network should answer for grade g, softmax(-(distance)^2 / softness) (Diaz and Marathe,
-    2019). Grades are ordered and radiologists often differ by one, so a neighbour is less wrong than a stranger. What learns
-    from them is seldom surer than they are, .79 to .88 for softness 0.5, and so right more often than it says."""
+    2019). Grades are ordered and radiologists often differ by one, so a neighbour is less wrong than a stranger."""
     grade = torch.arange(K, device=device)
     return torch.softmax(-(grade[:, None] - grade).square() / max(softness, 1e-9), 1)  # for 0 so little that nothing leaks
 
 
+@cache
+def leak_undone(softness, device):
+    return torch.linalg.inv(soft_targets(softness)).to(device)
+
+
+def undo_leak(answers, softness):
+    """What a network answers (N, 5) that learned from `soft_targets`, to the probabilities (N, 5) of the true grade.
+
+    Who learns from targets that are never sure answers too cautiously. They are the truth times a matrix, so its inverse
+    takes that back: for a softness of four fifths, since a network that knows some training pictures by heart is surer
+    than it should be, and the two make up for each other. Then a probability means what it says, as README.md shows.
+    """
+    undone = (answers @ leak_undone(0.8 * softness, answers.device)).clamp(min=0.001)  # no grade is out of the question
+    return undone / undone.sum(1, keepdim=True)
+
+
 def decide(probabilities):
     """Probabilities (N, 5) to grades int64 (N,): the answers with the least expected cost, where to be d grades off costs
-    the square root of d.
+    d to the power of 0.6.
 
     What is probable and what to answer are two questions. If all errors cost the same, the best answer is the most
     probable grade; but four knees in ten are of grade 0, so it seldom is grade 1. If an error costs d, it is the median
-    of the probabilities, which finds more of grade 1 and is right less often. The root lies between: .4, .3 and .3 for the
-    grades 0, 1 and 2 make grade 1. README.md has the figures.
+    of the probabilities, which finds more of grade 1 and is right less often. The power of 0.6 lies between: .4, .3 and
+    .3 for the grades 0, 1 and 2 make grade 1. README.md has the figures.
     """
     grade = torch.arange(K, device=probabilities.device)
-    cost = (grade[:, None] - grade).abs().sqrt()  # (5, 5): row = true grade, column = answer
+    cost = (grade[:, None] - grade).abs() ** 0.6  # (5, 5): row = true grade, column = answer
     return (probabilities @ cost).argmin(1)
 
 
@@ -480,9 +496,10 @@ def moved(images, zoom, right, down):
 
 
 @torch.no_grad()
-def probabilities(net, images, views=VIEWS):
-    """Pictures uint8 (N, 1, S, S) to the probability of each grade (N, 5), both on the network's device: the mean over
-    views of the picture, since one view's answer hangs on details of no meaning, such as which pixels pooling puts together."""
+def answer(net, images, views=VIEWS):
+    """Pictures uint8 (N, 1, S, S) to what the network answers, a share for each grade (N, 5), both on its device: the mean
+    over views of the picture, since one view's answer hangs on details of no meaning, such as which pixels pooling puts
+    together. `undo_leak` makes probabilities of them."""
     net.eval()  # batch norm uses its running averages and dropout is off; forgetting this line is a common error
     answers = []
     for part in map(standardize, images.split(64)):
@@ -497,8 +514,8 @@ HISTORY = ("epoch", "train_loss", "train_accuracy", "val_loss", "val_accuracy", 
 
 
 def evaluate(net, dataset, targets):
-    """(loss, probabilities (N, 5)) over a whole subset, without augmentation; from one view, since all of them take longer."""
-    answers = probabilities(net, dataset.images, [MAIN_VIEW])
+    """(loss, answers (N, 5)) over a whole subset, without augmentation; from one view, since all of them take longer."""
+    answers = answer(net, dataset.images, [MAIN_VIEW])
     return F.cross_entropy(answers.clamp(min=1e-9).log(), targets[dataset.grades]).item(), answers
 
 
@@ -569,7 +586,8 @@ def train(train_set, val_set, config, run, bars=True):
                 schedule.step()
                 done = (epoch - 1) * steps + step
                 follow(average, net, 4 / (done + 3))  # all the way at the first step: untrained weights don't count
-                sums += torch.stack((loss.detach(), (decide(logits.detach().softmax(1)) == grades).float().mean()))
+                right = decide(undo_leak(logits.detach().softmax(1), config.softness)) == grades
+                sums += torch.stack((loss.detach(), right.float().mean()))
                 bar.update()
                 if step == steps or time.perf_counter() - shown > 0.3:  # not at each step: .tolist() waits for the GPU
                     shown = time.perf_counter()
@@ -581,7 +599,7 @@ def train(train_set, val_set, config, run, bars=True):
             if not math.isfinite(train_loss + val_loss):
                 raise KneeError(f"epoch {epoch}: the loss is no number any more, "
                                 f"try --lr {config.lr / 4:.1g} and another --run")
-            scores = metrics(confusion_matrix(val_set.grades, decide(answers)))
+            scores = metrics(confusion_matrix(val_set.grades, decide(undo_leak(answers, config.softness))))
             accuracy, kappa = float(scores["accuracy"]), float(np.nan_to_num(scores["kappa"]))  # 0 where it is undefined
             left = (config.epochs - epoch) * (time.perf_counter() - start)
             bar.set_postfix_str(f"{bar.postfix} | validation loss {val_loss:.3f} accuracy {accuracy:.3f} "
@@ -903,14 +921,13 @@ def join_halves(halves, size):
     return canvas
 
 
-def heat_maps(net, images):
-    """Grad-CAM (Selvaraju et al., 2017): pictures uint8 (N, 1, S, S) to heat (N, S, S) from 0 to 1. Each channel of the last
-    feature maps counts as much as the predicted grade's logit would rise with it."""
+def heat_maps(net, images, grades):
+    """Grad-CAM (Selvaraju et al., 2017): pictures uint8 (N, 1, S, S) and grades int64 (N,) to heat (N, S, S) from 0 to 1: what
+    spoke for this grade. Each channel of the last feature maps counts as much as the grade's logit would rise with it."""
     net.eval()
     maps = net.features(KneeNet.halves(moved(standardize(images), *MAIN_VIEW)))  # (2N, C, H, W)
-    logits = net.head(maps)
-    predicted = decide(logits.detach().softmax(1))[:, None]
-    slopes = torch.autograd.grad(logits.gather(1, predicted).sum(), maps)[0].mean((2, 3), keepdim=True)  # (2N, C, 1, 1)
+    chosen = net.head(maps).gather(1, grades[:, None])  # the logits (N, 1) of these grades
+    slopes = torch.autograd.grad(chosen.sum(), maps)[0].mean((2, 3), keepdim=True)  # (2N, C, 1, 1)
     heat = F.relu((slopes * maps).sum(1, keepdim=True)).detach()  # (2N, 1, H, W)
     whole = join_halves(heat, images.shape[-1])[:, 0]  # (N, S, S)
     return whole / whole.amax((1, 2), keepdim=True).clamp(min=1e-9)
@@ -1203,8 +1220,8 @@ def command_test(data, run, device):
     subset = "test" if finished and any(x.subset == "test" for x in xrays) else "val"
     tested = [x for x in xrays if x.subset == subset]
     dataset = KneeFolder(data, tested, config.size, device)
-    answers = probabilities(net, dataset.images).cpu()
-    true, predicted = dataset.grades.cpu().numpy(), decide(answers).numpy()
+    probabilities = undo_leak(answer(net, dataset.images), config.softness).cpu()
+    true, predicted = dataset.grades.cpu().numpy(), decide(probabilities).numpy()
     confusion = confusion_matrix(true, predicted)
     figures, within = metrics(confusion), intervals(true, predicted, [x.patient for x in tested])
     usual = Counter(x.grade for x in xrays if x.subset == "train").most_common(1)[0][0]
@@ -1228,7 +1245,7 @@ def command_test(data, run, device):
               "intervals": {name: [plain(low), plain(high)] for name, (low, high) in within.items()}}
     save(run / "metrics.json", json.dumps(result, indent=1) + "\n")
     save_csv(run / "predictions.csv", ("path", "grade", "predicted", *(f"p{g}" for g in range(K))),
-             [(x.path, x.grade, p, *(f"{a:.4f}" for a in answer)) for x, p, answer in zip(tested, predicted, answers.tolist())])
+             [(x.path, x.grade, g, *(f"{p:.4f}" for p in own)) for x, g, own in zip(tested, predicted, probabilities.tolist())])
     return checkpoint, result, list(zip(tested, predicted.tolist()))
 
 
@@ -1240,7 +1257,8 @@ def command_plot(data, run, device):
     for right, grade in itertools.product((True, False), range(K)):
         shown.append(next(((x, p) for x, p in answered if x.grade == grade and (p == grade) == right), None))
     dataset = KneeFolder(data, [pair[0] for pair in shown if pair], checkpoint["config"].size, device)
-    heats = heat_maps(load_net(checkpoint, device), dataset.images)
+    predicted = torch.tensor([pair[1] for pair in shown if pair], device=device)
+    heats = heat_maps(load_net(checkpoint, device), dataset.images, predicted)
     pictures = iter(zip(dataset.images[:, 0].cpu().numpy(), heats.cpu().numpy(), dataset.grades.tolist()))
     cells = [pair and (*next(pictures), pair[1]) for pair in shown]
     draw_report(run / "report.png", run.name, history, checkpoint["epoch"], result, cells)
@@ -1255,16 +1273,17 @@ def command_predict(run, device, images, heatmap=None):
     if heatmap and len(images) > 300:
         raise KneeError(f"--heatmap: {len(images)} pictures are too many for one sheet, name at most 300")
     checkpoint = load_checkpoint(run / "best.pt")
-    net, size = load_net(checkpoint, device), checkpoint["config"].size
-    pictures = torch.from_numpy(np.stack(in_threads(lambda path: read_xray(path, size), images, "decode")))[:, None].to(device)
-    answers = probabilities(net, pictures)
-    grades = decide(answers).tolist()
+    net, config = load_net(checkpoint, device), checkpoint["config"]
+    pictures = in_threads(lambda path: read_xray(path, config.size), images, "decode")
+    pictures = torch.from_numpy(np.stack(pictures))[:, None].to(device)
+    probabilities = undo_leak(answer(net, pictures), config.softness)
+    grades = decide(probabilities)
     print(table(("file", "grade", "name", *(f"p{g}" for g in range(K))), [
-        (path, grade, GRADES[grade], *(f"{p:.3f}" for p in answer))
-        for path, grade, answer in zip(images, grades, answers.tolist())]))
+        (path, grade, GRADES[grade], *(f"{p:.3f}" for p in own))
+        for path, grade, own in zip(images, grades.tolist(), probabilities.tolist())]))
     print(f"graded by {run / 'best.pt'}; --run names another", file=sys.stderr)  # a network of phantoms knows no real knee
     if heatmap:
-        draw_heat_maps(heatmap, pictures, heat_maps(net, pictures), grades, images)
+        draw_heat_maps(heatmap, pictures, heat_maps(net, pictures, grades), grades.tolist(), images)
         print(f"drawn: {heatmap}")
 
 
