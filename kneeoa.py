@@ -1398,6 +1398,7 @@ def run_command(argv):
 def main(argv=None):
     """Runs a command line. Returns the exit status: 0, 2 after a user's error, 130 after Ctrl-C."""
     warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
+    warnings.filterwarnings("ignore", "All-NaN")  # a figure that is undefined in every draw is printed as nan
     if sys.stdout.errors == "strict":  # a letter that the terminal lacks is printed as its number, and ends nothing
         sys.stdout.reconfigure(errors="backslashreplace")
     keep_freed_memory()

@@ -935,7 +935,7 @@ def test_a_grade_that_is_not_in_the_test_subset_has_no_recall_and_no_part_in_the
     assert result["balanced_accuracy"] == pytest.approx(sum(recall[g] for g in (0, 1, 2, 4)) / 4)
 
 
-@pytest.mark.filterwarnings("ignore:All-NaN")
+@pytest.mark.filterwarnings("error:All-NaN")
 def test_a_single_picture_answered_right_has_no_kappa(trained, phantoms, tmp_path, capsys):
     shutil.copytree(trained, tmp_path / "run")
     right = next(row["path"] for row in rows(trained / "predictions.csv") if row["grade"] == row["predicted"])
