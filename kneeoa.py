@@ -450,17 +450,17 @@ def soft_targets(softness, device="cpu"):
     return torch.softmax(-(grade[:, None] - grade).square() / max(softness, 1e-9), 1)  # for 0 so little that nothing leaks
 
 
-@cache
+@cache  # asked for at each step, and a GPU would be waited for each time
 def leak_undone(softness, device):
     return torch.linalg.inv(soft_targets(softness)).to(device)
 
 
 def undo_leak(answers, softness):
-    """What a network answers (N, 5) that learned from `soft_targets`, to the probabilities (N, 5) of the true grade.
+    """What a network that learned from `soft_targets` answers (N, 5), to the probabilities (N, 5) of the true grade.
 
-    Who learns from targets that are never sure answers too cautiously. They are the truth times a matrix, so its inverse
-    takes that back: for a softness of four fifths, since a network that knows some training pictures by heart is surer
-    than it should be, and the two make up for each other. Then a probability means what it says, as README.md shows.
+    Targets that are never sure teach caution. They are the truth times a matrix, so its inverse takes the caution back:
+    that of four fifths of the softness, not of all, since a network knows some training pictures by heart and so is
+    surer than it should be. Then a probability means what it says; README.md shows how well.
     """
     undone = (answers @ leak_undone(0.8 * softness, answers.device)).clamp(min=0.001)  # no grade is out of the question
     return undone / undone.sum(1, keepdim=True)

@@ -1128,6 +1128,20 @@ def test_a_heat_map_is_of_the_grade_that_is_asked_for():
     assert torch.allclose(both, torch.stack((ones[0], threes[1])), atol=1e-4)
 
 
+def test_the_heat_that_is_drawn_is_of_the_predicted_grade(trained, phantoms, tmp_path, monkeypatch):
+    explained, heat_maps = [], kneeoa.heat_maps
+    monkeypatch.setattr(kneeoa, "heat_maps", lambda net, images, grades: explained.append(grades) or heat_maps(net, images, grades))
+    shutil.copytree(trained, tmp_path / "run")
+    run, tested = ["--run", str(tmp_path / "run")], rows(trained / "predictions.csv")
+    assert kneeoa.main(["plot", "--data", str(phantoms), *run]) == 0
+    shown = [[r for r in tested if (r["predicted"] == r["grade"]) == right and r["grade"] == str(grade)][:1]
+             for right in (True, False) for grade in range(5)]
+    assert explained.pop().tolist() == [int(row["predicted"]) for cell in shown for row in cell]
+    images = [str(phantoms / row["path"]) for row in tested]
+    assert kneeoa.main(["predict", *images, *run, "--heatmap", str(tmp_path / "heat.png")]) == 0
+    assert explained.pop().tolist() == [int(row["predicted"]) for row in tested]
+
+
 # ------------------------------------------------------------------------------------------- nothing lost, nothing wrong
 
 
