@@ -451,8 +451,8 @@ def soft_targets(softness, device="cpu"):
 
 
 @cache  # asked for at each step, and a GPU would be waited for each time
-def leak_undone(softness, device):
-    return torch.linalg.inv(soft_targets(softness)).to(device)
+def inverse_leak(softness, device):
+    return torch.linalg.inv(soft_targets(softness)).to(device)  # (5, 5)
 
 
 def undo_leak(answers, softness):
@@ -462,7 +462,7 @@ def undo_leak(answers, softness):
     that of four fifths of the softness, not of all, since a network knows some training pictures by heart and so is
     surer than it should be. Then a probability means what it says; README.md shows how well.
     """
-    undone = (answers @ leak_undone(0.8 * softness, answers.device)).clamp(min=0.001)  # no grade is out of the question
+    undone = (answers @ inverse_leak(0.8 * softness, answers.device)).clamp(min=0.001)  # no grade is out of the question
     return undone / undone.sum(1, keepdim=True)
 
 

@@ -1114,7 +1114,8 @@ def test_the_heat_of_a_trained_network_lies_at_the_joint(learned, phantoms, monk
     heats = kneeoa.heat_maps(net, dataset.images, dataset.grades)
     assert heats.shape == (90, 128, 128) and heats.min() >= 0 and heats.amax((1, 2)).max() == pytest.approx(1)
     validated = kneeoa.answer(net, dataset.images, [kneeoa.MAIN_VIEW])
-    assert torch.allclose(head(net, maps[0]).softmax(1), validated, atol=0.05)  # what was validated is what is explained, but for bfloat16
+    explained = head(net, maps[0]).softmax(1)
+    assert torch.allclose(explained, validated, atol=0.05)  # what was validated is what is explained, but for bfloat16
     band = slice(54, 84)  # phantoms have their joint near row 0.54 of the height; the band is a quarter of the picture
     share = (heats[:, band].sum() / heats.sum()).item()
     assert share > 0.5, share
