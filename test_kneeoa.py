@@ -744,6 +744,32 @@ def test_the_device_is_the_best_that_is_there_or_the_one_that_is_named(monkeypat
         kneeoa.pick_device("cuda:2")
 
 
+@pytest.mark.parametrize("files, cores", [
+    ({}, 64),
+    ({"cpu.max": "max 100000\n"}, 64),
+    ({"cpu.max": "250000 100000\n"}, 2),
+    ({"cpu.max": "50000 100000\n"}, 1),
+    ({"cpu.max": "9900000 100000\n"}, 64),
+    ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, 64),
+    ({"cpu/cpu.cfs_quota_us": "400000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 4),
+])
+def test_a_container_that_has_a_share_of_the_cores_gets_no_more_threads_than_that(files, cores, tmp_path, monkeypatch):
+    monkeypatch.setattr(kneeoa.os, "sched_getaffinity", lambda _: range(64), raising=False)
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert kneeoa.cpu_cores(tmp_path) == cores
+
+
+def test_each_command_takes_as_many_threads_as_there_are_cores_for_it_and_no_more_than_it_is_told(tmp_path, monkeypatch):
+    threads, told = torch.get_num_threads(), []
+    monkeypatch.setattr(torch, "set_num_threads", told.append)
+    for cores in (1, 1000):
+        monkeypatch.setattr(kneeoa, "cpu_cores", lambda: cores)
+        kneeoa.main(["split", "--data", str(tmp_path)])
+    assert told == [1, threads]
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 def test_a_gpu_is_waited_for_at_no_step(phantoms, tmp_path, monkeypatch):
     dataset, augment, evaluate, steps = KneeFolder(phantoms, size=64, device="cuda"), kneeoa.augment, kneeoa.evaluate, []
