@@ -11,7 +11,7 @@ A knee is graded on the Kellgren-Lawrence (KL) scale (Kellgren and Lawrence, 195
 splitting, data set, network, augmentation, training, metrics. What that road leans on, and may be skipped, stands
 behind it: files, heat maps, phantoms and commands.
 
-Measured: accuracy .68, balanced accuracy .70 and quadratic weighted kappa .83 on 826 knees of Chen's set after 6 to
+Measured: accuracy .68, balanced accuracy .70 and quadratic weighted kappa .83 on 826 knees of Chen's set after 5 to
 14 minutes on two fast CPU cores; README.md says how, and what holds these figures back. Left out on purpose: pretrained
 weights, ensembles, several GPUs. This is no medical device: it is not for diagnosis.
 
