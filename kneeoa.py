@@ -462,7 +462,8 @@ def undo_leak(answers, softness):
     that of four fifths of the softness, not of all, since a network knows some training pictures by heart and so is
     surer than it should be. Then a probability means what it says; README.md shows how well.
     """
-    undone = (answers @ inverse_leak(0.8 * softness, answers.device)).clamp(min=0.001)  # no grade is out of the question
+    inverse = inverse_leak(0.8 * softness, answers.device).to(answers.dtype)
+    undone = (answers @ inverse).clamp(min=0.001)  # no grade is out of the question
     return undone / undone.sum(1, keepdim=True)
 
 
@@ -475,7 +476,7 @@ def decide(probabilities):
     of the probabilities, which finds more of grade 1 and is right less often. The power of 0.6 lies between: .4, .3 and
     .3 for the grades 0, 1 and 2 make grade 1. README.md has the figures.
     """
-    grade = torch.arange(K, device=probabilities.device)
+    grade = torch.arange(K, dtype=probabilities.dtype, device=probabilities.device)
     cost = (grade[:, None] - grade).abs() ** 0.6  # (5, 5): row = true grade, column = answer
     return (probabilities @ cost).argmin(1)
 

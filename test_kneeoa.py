@@ -625,6 +625,12 @@ def test_the_answer_costs_least_where_errors_of_two_grades_cost_half_as_much_aga
     assert kneeoa.decide(answers).tolist() == cheapest != answers.argmax(1).tolist()
 
 
+def test_answers_that_come_from_numpy_are_decided_as_well():
+    answers = torch.from_numpy(np.random.default_rng(0).dirichlet(np.ones(5), 200))  # NumPy's numbers have 64 bits
+    assert kneeoa.decide(answers).tolist() == kneeoa.decide(answers.float()).tolist()
+    assert torch.allclose(kneeoa.undo_leak(answers, 0.5), kneeoa.undo_leak(answers.float(), 0.5).double(), atol=1e-5)
+
+
 def always_four(answers, *rest):
     return torch.full((len(answers),), 4, device=answers.device)
 
