@@ -124,6 +124,7 @@ def read_xray(path, size):
     image = Image.fromarray(255 - grey if is_negative(grey) else grey)
     return np.array(ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS))
 
+# The path is relative to the data folder; subset "" means not given; digest is that of the pixels.
 Xray = namedtuple("Xray", "path grade patient subset digest", defaults=["", ""])
 
 def find_xrays(folder, patients_file=None):
@@ -136,9 +137,10 @@ def find_xrays(folder, patients_file=None):
         raise KneeError(f"{folder}: no such folder, name that of the X-rays with --data")
     patients = read_patients(patients_file or (shipped if shipped.exists() else None))
     places = {file: place_of(file.relative_to(folder).parts[:-1]) for file in files_below(folder)}
-    given = {top for top, subset, _ in places.values() if subset}
+    given = {top for top, subset, _ in places.values() if subset}  # with train, val or test in it
+    # A folder of grades beside train is no data set of its own.
     tops = {top for top, _, grade in places.values() if grade is not None
-            and (top in given or top.rpartition("/")[0] not in given)}  # not one beside train
+            and (top in given or top.rpartition("/")[0] not in given)}
     if len(tops) != 1:
         found = ", ".join(sorted(tops or {top for top, *_ in places.values()})[:9]) or "nothing"
         raise KneeError(f"{folder}: has {len(tops)} data sets with folders 0 to {len(GRADES) - 1} "
@@ -178,12 +180,13 @@ def split_by_patient(xrays, seed, shares=SUBSETS):
         digest = hashlib.sha256(f"{seed}/{patient}".encode("utf-8", "surrogateescape")).digest()
         return min(pictures[grade] for grade in grades_of[patient]), digest
 
+    def fullness(subset, grades):  # how far its quotas for these grades are filled
+        return sum(filled[subset][g] / (shares[subset] * pictures[g]) for g in grades)
+
     filled, subset_of = {subset: Counter() for subset in shares}, {}
     for patient in sorted(grades_of, key=order):
         grades = grades_of[patient]
-        fullness = {subset: sum(filled[subset][g] / (share * pictures[g]) for g in grades)
-                    for subset, share in shares.items()}
-        subset_of[patient] = min(fullness, key=fullness.get)
+        subset_of[patient] = min(shares, key=lambda subset: fullness(subset, grades))
         filled[subset_of[patient]].update(grades)
     return [x._replace(subset=subset_of[x.patient]) for x in xrays]
 
@@ -196,7 +199,8 @@ def check_leakage(where, what, pairs):
 
 def make_split(folder, seed, patients_file=None):
     """Return (xrays with their subsets, notes). Keep a split that the folders give, else make one.
-    Raise KneeError if a patient or picture is in two given subsets, or a grade has no pictures."""
+    `inspect_xrays` leaves out duplicates and raises KneeError if a patient or picture is in two
+    given subsets. Raise KneeError, too, if a grade has no pictures to train on."""
     xrays, notes = inspect_xrays(folder, find_xrays(folder, patients_file))
     given = [subset for subset in SUBSETS if any(x.subset == subset for x in xrays)]
     train = [x for x in xrays if x.subset in ("", "train")]
@@ -286,15 +290,16 @@ class KneeFolder(torch.utils.data.Dataset):
 
     def __init__(self, folder, xrays=None, size=Config.size, device="cpu"):
         xrays = find_xrays(folder) if xrays is None else xrays
-        greys = on_all_cores(lambda x: read_xray(Path(folder, x.path), size), xrays, "decode")
-        # A checkpoint remembers its pictures by the hash of their pixels, and knows them again.
-        self.xrays = [x._replace(digest=hashlib.sha256(grey).hexdigest()[:32])
-                      for x, grey in zip(xrays, greys)]
-        self.grades = torch.tensor([x.grade for x in xrays], device=device)
         self.images = torch.empty(len(xrays), 1, size, size, dtype=torch.float16, device=device)
-        for start in range(0, len(xrays), 64):
-            batch = torch.from_numpy(np.stack(greys[start : start + 64]))  # uint8 (64, S, S)
-            self.images[start : start + 64] = standardize(batch[:, None])
+        self.grades = torch.tensor([x.grade for x in xrays], device=device)
+
+        def load(i):
+            grey = torch.from_numpy(read_xray(Path(folder, xrays[i].path), size))  # uint8 (S, S)
+            self.images[i] = standardize(grey[None, None])[0]
+            # A checkpoint remembers its pictures by the hash of their pixels.
+            return xrays[i]._replace(digest=hashlib.sha256(grey.numpy()).hexdigest())
+
+        self.xrays = on_all_cores(load, range(len(xrays)), "decode")
 
     def __len__(self):
         return len(self.images)
@@ -326,7 +331,7 @@ class KneeNet(nn.Module):
 
         (N, 1, 224, 224)     a picture
         (N, 1, 128, 224)     the joint's rows; `crop` makes these alone
-        (2N, 1, 128, 128)    left halves, then right halves, mirrored; they overlap in the middle
+        (2N, 1, 128, 128)    left halves, then right halves, mirrored: squares that overlap
         (2N, 32, 32, 32)     convolution 5 x 5 of stride 2, pooling
         (2N, 64, 16, 16)     convolution 3 x 3, pooling, residual block
         (2N, 96, 8, 8)       the same
@@ -355,10 +360,9 @@ class KneeNet(nn.Module):
 
     @staticmethod
     def halves(x):
-        height, width = int(x.shape[2]), int(x.shape[3])
-        if height == width:
-            x = x[:, :, joint_rows(width)]  # (N, 1, S, S) -> (N, 1, 4/7 S, S)
-        half = width * 4 // 7
+        if x.shape[2] == x.shape[3]:
+            x = x[:, :, joint_rows(int(x.shape[3]))]  # (N, 1, S, S) -> (N, 1, 4/7 S, S)
+        half = x.shape[2]  # as wide as high
         x = torch.cat((x[..., :half], x.flip(3)[..., :half]))  # -> (2N, 1, 4/7 S, 4/7 S)
         return x.contiguous(memory_format=torch.channels_last)  # fastest for convolutions
 
@@ -396,7 +400,7 @@ def confusion_matrix(true, predicted):
 def metrics(confusion):
     """Return the metrics of confusion matrices (..., 5, 5) by name, NaN where one is undefined.
     Accuracy; recall of each grade (..., 5); balanced accuracy, the mean recall; quadratic weighted
-    kappa (Cohen, 1968), 1 - squared errors / those of independent answers; mean absolute error."""
+    kappa (Cohen, 1968), 1 - squared errors / those expected by chance; mean absolute error."""
     counts, grade = np.asarray(confusion, dtype=float), np.arange(len(GRADES))
     distance = np.abs(grade[:, None] - grade)
     true, predicted, n = counts.sum(-1), counts.sum(-2), counts.sum((-1, -2))
@@ -478,6 +482,7 @@ def mixed_precision(device):
 # ----------------------------------------------------------------------------------------- training
 # Show a batch, measure the error, move each weight a little to where the error is smaller: that is
 # the loop of `train`. The rest keeps it honest: validation chooses the epoch, not the test subset.
+# Training accuracy is of augmented pictures and with dropout, so it may be the lower one.
 
 Epoch = namedtuple("Epoch", "epoch train_loss train_accuracy val_loss val_accuracy val_kappa lr "
                             "seconds")
@@ -487,10 +492,6 @@ def soft_labels(softness, device="cpu"):
     often differ by one grade, so that is not all wrong (Diaz and Marathe, 2019)."""
     grade = torch.arange(len(GRADES), device=device)
     return torch.softmax(-(grade[:, None] - grade).square() / max(softness, 1e-9), 1)
-
-def best_epoch(history):
-    """Return the epoch of the highest kappa on the validation subset; of equals, of lowest loss."""
-    return max(history, key=lambda epoch: (epoch.val_kappa, -epoch.val_loss))
 
 @torch.no_grad()
 def predict(model, images, views=TTA):
@@ -527,21 +528,20 @@ def update_ema(ema, model, step):
             mean.lerp_(new, 4 / (step + 3))  # 1 at the first step
 
 def train(train_set, val_set, config, run):
-    """Train a network and return its history, an Epoch for each epoch.
-    Write best.pt, history.csv and last.pt into the folder `run` after each epoch and continue from
-    last.pt. Raise KneeError if that was begun with other settings, or if the loss is NaN."""
+    """Train a network and return its history, a list of Epoch. After each epoch, write best.pt,
+    history.csv and last.pt into the folder `run`, to continue from. Raise KneeError if last.pt was
+    begun with other settings or pictures, or if the loss is NaN."""
     n, device, run = len(train_set), train_set.images.device, Path(run)
     torch.manual_seed(config.seed)  # initial weights
     model, ema = (KneeNet(config.widths, config.dropout).to(memory_format=torch.channels_last)
                   .to(device) for _ in range(2))  # ema, the averaged weights, is validated and kept
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=config.weight_decay, fused=True)
-    batch = min(config.batch, max(8, n // 75), n)  # small sets need more steps, not more epochs
+    batch = min(config.batch, max(8, n // 75), n)  # small sets take more steps; more epochs overfit
     steps = n // batch  # the last, incomplete batch is dropped
     schedule = torch.optim.lr_scheduler.OneCycleLR(  # warm-up, then cosine (Smith and Topin, 2018)
         optimizer, config.lr, steps * config.epochs, pct_start=0.25, cycle_momentum=False)
     labels = soft_labels(config.softness, device)
-    xrays = [tuple(x) for x in train_set.xrays + val_set.xrays]
-    origin = {"config": asdict(config), "xrays": xrays}
+    origin = {"config": asdict(config), "xrays": list(map(tuple, train_set.xrays + val_set.xrays))}
     state = {"model": model, "ema": ema, "optimizer": optimizer, "schedule": schedule}
     history = resume(run, origin, state)
     for epoch in range(len(history) + 1, config.epochs + 1):
@@ -569,7 +569,8 @@ def train(train_set, val_set, config, run):
         left = tqdm.format_interval((config.epochs - epoch) * (time.perf_counter() - start))
         print("{}: loss {:.3f} acc {:.3f} | val acc {:.3f} kappa {:.3f} | {} left".format(
             title, *means, *scores[1:], left), flush=True)
-        if history[-1] is best_epoch(history):
+        # The best epoch has the highest kappa on the validation subset; of equals, the lowest loss.
+        if history[-1] is max(history, key=lambda row: (row.val_kappa, -row.val_loss)):
             best = {"epoch": epoch, "temperature": temperature, "model": ema.state_dict()}
             save(run / "best.pt", origin | best)
         save(run / "history.csv", [Epoch._fields, *history])
@@ -620,7 +621,8 @@ def command_evaluate(args):
         data, subset, stem = args.external, "external", f"external_{args.external.resolve().name}"
         names = f"{stem}.json", f"{stem}.csv"
         xrays, notes = inspect_xrays(data, find_xrays(data, args.patients))
-        print_notes(notes)
+        for note in notes:
+            print(note[:79])
     else:
         xrays, last = read_split(args), load_checkpoint(args.run / "last.pt")[0]
         finished = len(last["history"]) == last["config"]["epochs"]
@@ -635,8 +637,8 @@ def command_evaluate(args):
                         f"({seen[0]}), name other data")
     true = dataset.grades.cpu().numpy()
     predicted, probabilities = grade(checkpoint, model, dataset)
-    confusion, usual = confusion_matrix(true, predicted), Counter(
-        x.grade for x in trained if x.subset == "train").most_common(1)[0][0]
+    confusion = confusion_matrix(true, predicted)
+    usual = Counter(x.grade for x in trained if x.subset == "train").most_common(1)[0][0]
     scores = {name: score.tolist() for name, score in metrics(confusion).items()}
     intervals = bootstrap(true, predicted, [x.patient for x in xrays])
     result = {"subset": subset, "n": len(true), "epoch": checkpoint["epoch"], **scores,
@@ -668,12 +670,12 @@ def grad_cam(model, images, grades):
     """Return heat (N, S, S) from 0 to 1: what in pictures (N, 1, S, S) spoke for grades (N,).
     Grad-CAM (Selvaraju et al., 2017) weights the last feature maps by the slopes of the logit."""
     size, rows = images.shape[-1], joint_rows(images.shape[-1])
-    half, height = size * 4 // 7, rows.stop - rows.start
+    half = rows.stop - rows.start  # as wide as high
     maps = model.features(model.halves(images))  # (2N, C, H, W)
     logits = model.head(maps).gather(1, grades[:, None])  # (N, 1)
     slopes = torch.autograd.grad(logits.sum(), maps)[0].mean((2, 3), keepdim=True)  # (2N, C, 1, 1)
     heat = F.relu((slopes * maps).sum(1, keepdim=True)).detach()  # (2N, 1, H, W)
-    left, right = F.interpolate(heat, (height, half), mode="bilinear")[:, 0].chunk(2)
+    left, right = F.interpolate(heat, (half, half), mode="bilinear")[:, 0].chunk(2)
     whole = torch.zeros(len(images), size, size, device=images.device)
     whole[:, rows, :half] = left
     whole[:, rows, -half:] = torch.maximum(whole[:, rows, -half:], right.flip(2))
@@ -740,7 +742,8 @@ def grade_of(name):
     return grade if grade in range(len(GRADES)) else None
 
 def place_of(folders):
-    """Return (folder of the data set, subset, grade) that the folders of a file tell."""
+    """Return (folder of the data set, subset, grade) that the folders of a file tell, such as
+    ("kneeKL224", "train", 3) for kneeKL224/train/3; grade None if none of them tells it."""
     for i, name in enumerate(folders):
         grade = grade_of(name)
         if grade is not None:
@@ -918,10 +921,6 @@ def print_table(*rows):
         cells = [str(cell).rjust(width) for cell, width in zip(others, widths[1:])]
         print(str(first).ljust(widths[0]), *cells, sep="  ")
 
-def print_notes(notes):
-    for note in notes:
-        print(note if len(note) < 80 else note[:76] + "...")
-
 def command_split(args):
     """Split the patients into train, val and test: RUN/split.csv."""
     if (args.run / "last.pt").exists():
@@ -932,8 +931,9 @@ def command_split(args):
     xrays, notes = make_split(args.data, args.config.seed, args.patients)
     args.run.mkdir(parents=True, exist_ok=True)
     save(args.run / "split.csv", [Xray._fields[:4], *(x[:4] for x in xrays)])
-    save(args.run / "notes.json", notes)  # with all the names
-    print_notes(notes)
+    save(args.run / "notes.json", notes)  # with all the names, which the screen cuts off
+    for note in notes:
+        print(note[:79])
     rows = [("grade: pictures (patients)", *SUBSETS)]
     for grade in (*range(len(GRADES)), "all"):
         some = [[x for x in xrays if x.subset == s and grade in (x.grade, "all")] for s in SUBSETS]
@@ -964,14 +964,19 @@ def command_predict(args):
     """Print the grade of pictures and the probability of each grade; --heatmap draws them."""
     paths = []
     for path in args.images:
-        found = [file for file in files_below(path) if file.suffix.lower() in SUFFIXES]
-        pattern = [f for f in path.parent.glob(path.name) if not f.name.startswith(HIDDEN)]
-        paths += found or sorted(pattern) or [path]  # a pattern that the shell left as it is
+        if path.is_dir():
+            paths += [file for file in files_below(path) if file.suffix.lower() in SUFFIXES]
+        else:  # Windows leaves a pattern such as *.png as it is
+            found = [f for f in path.parent.glob(path.name) if not f.name.startswith(HIDDEN)]
+            paths += [path] if path.exists() else sorted(found) or [path]
+    if not paths:
+        raise KneeError(f"{args.images[0]}: has no pictures in it, name another folder")
     if args.heatmap and args.heatmap.suffix != ".png":
         raise KneeError(f"--heatmap {args.heatmap}: must end in .png")
     checkpoint, model = load_checkpoint(args.run / "best.pt", args.device)
     xrays = [Xray(str(path), 0, "") for path in paths]
-    print_notes(inspect_xrays("", xrays)[1])
+    for note in inspect_xrays("", xrays)[1]:
+        print(note[:79])
     dataset = KneeFolder("", xrays, checkpoint["config"]["size"], args.device)
     grades, probabilities = grade(checkpoint, model, dataset)
     print_table(("file", "grade", "name", *PROBABILITIES), *(
@@ -984,6 +989,7 @@ def command_predict(args):
         figure = Figure(figsize=size, layout="constrained", dpi=110)
         draw_pairs(figure, model, paths, [path.name for path in paths], grades, columns)
         save(args.heatmap, figure)
+
 def command_tune(args):
     """Train with all combinations of the given settings and compare them: RUN/tune.csv."""
     grid, run, rows = args.grid, args.run, []
@@ -993,8 +999,9 @@ def command_tune(args):
     for values in itertools.product(*grid.values()):
         args.config, words = Config(**dict(zip(grid, values))), [as_text(value) for value in values]
         args.run = run / "tune" / "_".join(words)
-        best = best_epoch(fit(args))
-        rows.append((*words, best[0], *(f"{score:.4g}" for score in best[3:6])))
+        history = fit(args)
+        best = history[load_checkpoint(args.run / "best.pt")[0]["epoch"] - 1]
+        rows.append((*words, best.epoch, *(f"{score:.4g}" for score in best[3:6])))
         save(run / "tune.csv", [head, *rows])
     rows.sort(key=lambda row: float(row[-1]), reverse=True)
     tried = [i for i, values in enumerate(grid.values()) if len(values) > 1]
@@ -1011,10 +1018,6 @@ COMMANDS = {"split": command_split, "train": command_train, "evaluate": command_
             "plot": command_plot, "predict": command_predict, "tune": command_tune,
             "phantoms": command_phantoms}
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message):  # argparse prints its usage first, in which the one line drowns
-        raise KneeError(f"{message}; see python kneeoa.py --help")
-
 OPTIONS = {
     "--data": "the X-rays (the folder data, else phantoms)",
     "--run": "what a run leaves (runs/ and the name of the data)",
@@ -1025,12 +1028,19 @@ OPTIONS = {
 
 def parse(argv):
     """Return the parsed command line. Raise KneeError if it makes no sense."""
+    class Parser(argparse.ArgumentParser):
+        def error(self, message):  # argparse prints its usage first, in which the one line drowns
+            raise KneeError(f"{message}; see python kneeoa.py --help")
+
+    def widths(text):
+        return tuple(int(width) for width in text.split(","))
+
     general, settings = Parser(add_help=False), Parser(add_help=False)
     for option, meaning in OPTIONS.items():
         general.add_argument(option, type=Path, help=meaning)
     general.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps")
     for f in fields(Config):
-        kind = as_widths if f.name == "widths" else type(f.default)
+        kind = widths if f.name == "widths" else type(f.default)
         settings.add_argument(f"--{f.name.replace('_', '-')}", type=kind, nargs="+",
                               default=[f.default], help=f"{f.metadata['meaning']} ({f.default})")
     settings.add_argument("--count", type=int, default=1000, help="for phantoms: how many (1000)")
@@ -1053,9 +1063,6 @@ def parse(argv):
     args.data = (args.data or Path("data" if own else "phantoms")).expanduser()
     args.run = (args.run or Path("runs", args.data.resolve().name)).expanduser()
     return args
-
-def as_widths(text):
-    return tuple(int(width) for width in text.split(","))
 
 def main(argv=None):
     """Run a command line. Return the exit status: 0, 2 after a user's mistake, 130 after Ctrl-C."""

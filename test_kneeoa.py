@@ -855,6 +855,14 @@ def test_a_missing_or_narrow_output_stream_does_no_harm(name, encoding, trained,
     assert run("predict", put(tmp_path / "膝.png"), "--run", trained) == 0
 
 
+def test_the_snippet_of_the_readme_runs(phantoms, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(phantoms, "phantoms")
+    readme = PROGRAM.with_name("README.md").read_text(encoding="utf-8")
+    exec(readme.split("```python")[1].split("```")[0], {})
+    assert re.search(r"tensor\(\[[0-4]\]\) tensor\(\[\[", capsys.readouterr().out)
+
+
 def test_main_leaves_the_filters_of_warnings_as_they_were(trained, phantoms):
     before = list(warnings.filters)
     assert run("predict", next(phantoms.rglob("*.png")), "--run", trained) == 0
