@@ -2,7 +2,7 @@
 
     python kneeoa.py train                  # split, train and evaluate phantoms
     python kneeoa.py plot                   # draw that run: report.png
-    python kneeoa.py train --data my_xrays  # those in my_xrays/0 ... my_xrays/4
+    python kneeoa.py train --data my_xrays  # X-rays, my_xrays/0 ... my_xrays/4
     python kneeoa.py predict knee.png --run runs/my_xrays
 
 The Kellgren-Lawrence (KL) scale (Kellgren and Lawrence, 1957) grades a knee
@@ -44,10 +44,8 @@ PATIENT = re.compile(r"(\d+)[ _-]?(L|R|left|right)(?![a-z])", re.I)  # 9003175L.
 JOINT = (2 / 7, 6 / 7)  # the rows that the network sees, as shares of the height
 SUBSETS = {"train": 0.70, "val": 0.15, "test": 0.15}  # share of the pictures
 
-
 class KneeError(Exception):
     """A user's mistake: `main` prints it as one line, without traceback, and returns status 2."""
-
 
 # ----------------------------------------------------------------------------------------- settings
 # What changes from run to run. The command line is made from these fields, and each checkpoint
@@ -77,11 +75,11 @@ class Config:
             values = value if f.name == "widths" else (value,)
             if not (1 <= len(values) <= 4 and all(low <= v <= high for v in values)):  # NaN fails
                 name = f.name.replace("_", "-")
-                raise KneeError(f"--{name} {as_text(value)}: must be from {low} to {high}")
+                raise KneeError(f"--{name} {as_text(value)}: must be from {low} to {high}"
+                                + ", one to four of them" * (name == "widths"))
 
 def as_text(value):
     return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
-
 
 # ------------------------------------------------------------------------------------------ reading
 # A picture that is read wrongly raises no error; the network just learns less from it. So every
@@ -111,7 +109,8 @@ def read_grey(path):
         raise KneeError(f"{path}: not readable as a picture ({error}), check it") from error
 
 def is_negative(grey):
-    """Tell whether bone is dark: the outer columns, mostly air, are brighter than the middle."""
+    """Tell whether bone is dark: the outer columns, mostly air, are brighter than the middle. Not
+    for pictures of both knees, whose middle is air as well."""
     height, width = grey.shape
     edge, quarter = max(1, width // 14), width // 4
     outer = np.concatenate((grey[:, :edge], grey[:, -edge:]), 1)
@@ -129,9 +128,9 @@ Xray = namedtuple("Xray", "path grade patient subset digest", defaults=["", ""])
 
 def find_xrays(folder, patients_file=None):
     """Return every graded picture of a data folder, as a list of Xray sorted by path.
-    The patient is the row of the patients file with this file name, else the number in a name such
-    as 9003175L.png, else the path: the picture then counts as a patient of its own. Raise KneeError
-    if there is not exactly one data set in the folder."""
+    The patient is looked up by file name in the patients file (osail_patients.csv, if it is beside
+    this program); else it is the number in a name such as 9003175L.png, else the path: the picture
+    then counts as a patient of its own. Raise KneeError if there is not exactly one data set."""
     folder, shipped = Path(folder), Path(__file__).with_name("osail_patients.csv")
     if not folder.is_dir():
         raise KneeError(f"{folder}: no such folder, name that of the X-rays with --data")
@@ -147,7 +146,7 @@ def find_xrays(folder, patients_file=None):
                         f"(found: {found}), name the folder of one")
     xrays, passed_over = [], Counter()
     for file, (top, subset, grade) in places.items():
-        if grade is None or top not in tops:
+        if grade is None or top not in tops or (top in given and not subset):
             passed_over[f"in {top or folder}"] += 1
         elif file.suffix.lower() not in SUFFIXES:
             passed_over[file.suffix or file.name] += 1
@@ -195,7 +194,7 @@ def check_leakage(where, what, pairs):
     leaked = [str(name) for name, n in Counter(name for name, _ in set(pairs)).items() if n > 1]
     if leaked:
         raise KneeError(f"{where}: {len(leaked)} {what} are in two subsets, move each into one: "
-                        + ", ".join(leaked[:4]))
+                        + ", ".join(sorted(leaked)[:4]))
 
 def make_split(folder, seed, patients_file=None):
     """Return (xrays with their subsets, notes). Keep a split that the folders give, else make one.
@@ -219,7 +218,6 @@ def make_split(folder, seed, patients_file=None):
         train = split_by_patient(train, seed, {"train": 0.85, "val": 0.15})
         xrays = sorted(train + [x for x in xrays if x.subset == "test"])
     return xrays, notes
-
 
 # -------------------------------------------------------------------------------------------- input
 # Exposure says nothing about the joint, so `standardize` takes it out of each picture. What differs
@@ -264,7 +262,7 @@ def augment(images, strength=1.0):
     pictures (N, 1, S, S) at random and `crop` them. `strength` multiplies all but the mirroring."""
     drawn = 2 * torch.rand(6, len(images), device=images.device) - 1  # from -1 to 1
     angle, zoom, stretch, right, down = strength * drawn[:5]
-    angle, mirror = angle * (12 / 180 * np.pi), drawn[5].sign()
+    angle, mirror = angle * (12 / 180 * np.pi), torch.where(drawn[5] < 0, -1.0, 1.0)
     scale_y = torch.exp(0.17 * zoom)
     scale_x = torch.exp(0.085 * stretch) * scale_y
     cos, sin = angle.cos(), angle.sin()
@@ -274,7 +272,8 @@ def augment(images, strength=1.0):
 
 # Test-time augmentation (TTA): the picture as it is, smaller, larger, and moved 2.5 % toward each
 # corner. "As it is" means 1 % smaller: augmentation blurs pictures a little, and the network grades
-# equally blurred ones better (kappa .743 instead of .683 on 826 pictures, at commit bd1c022).
+# equally blurred ones better (kappa .743 instead of .683 for networks that were trained on 578
+# pictures of OSAIL, at commit bd1c022).
 TTA = torch.tensor([[[scale, 0, right], [0, scale, down]] for scale, right, down in (
     (1.01, 0, 0), (1.05, 0, 0), (0.95, 0, 0), (1, 0.05, 0.05), (1, -0.05, 0.05), (1, 0.05, -0.05),
     (1, -0.05, -0.05))])  # (7, 2, 3)
@@ -306,7 +305,6 @@ class KneeFolder(torch.utils.data.Dataset):
 
     def __getitem__(self, index):
         return self.images[index].float(), self.grades[index]
-
 
 # ------------------------------------------------------------------------------------------ network
 # A radiologist looks for local signs: a narrow joint space, spurs at the margins (osteophytes),
@@ -351,6 +349,7 @@ class KneeNet(nn.Module):
         self.features = nn.Sequential(*layers)
         self.dropout = nn.Dropout(dropout)
         self.classifier = nn.Linear(2 * widths[-1], len(GRADES))
+        self.to(memory_format=torch.channels_last)  # fastest for convolutions
 
     @staticmethod
     def stage(before, width, side=3, stride=1):
@@ -362,9 +361,9 @@ class KneeNet(nn.Module):
     def halves(x):
         if x.shape[2] == x.shape[3]:
             x = x[:, :, joint_rows(int(x.shape[3]))]  # (N, 1, S, S) -> (N, 1, 4/7 S, S)
-        half = x.shape[2]  # as wide as high
+        half = max(x.shape[2], (x.shape[3] + 1) // 2)  # as wide as high, for the default JOINT
         x = torch.cat((x[..., :half], x.flip(3)[..., :half]))  # -> (2N, 1, 4/7 S, 4/7 S)
-        return x.contiguous(memory_format=torch.channels_last)  # fastest for convolutions
+        return x.contiguous(memory_format=torch.channels_last)
 
     def head(self, maps):
         left, right = maps.float().mean((2, 3)).unflatten(0, (2, -1)).unbind()  # twice (N, C)
@@ -373,7 +372,6 @@ class KneeNet(nn.Module):
 
     def forward(self, x):
         return self.head(self.features(self.halves(x)))
-
 
 # ----------------------------------------------------------------------------------------- decision
 # Which grade to answer, and how good the answers are, are questions of their own. Accuracy alone
@@ -409,14 +407,12 @@ def metrics(confusion):
         recall = correct / true
         chance = true[..., :, None] * predicted[..., None, :] / n[..., None, None]
         kappa = 1 - (counts * distance**2).sum((-1, -2)) / (chance * distance**2).sum((-1, -2))
-        balanced = np.nansum(recall, -1) / (true > 0).sum(-1)  # over the grades that occur
-        return {"accuracy": correct.sum(-1) / n, "balanced_accuracy": balanced, "kappa": kappa,
-                "mae": (counts * distance).sum((-1, -2)) / n, "recall": recall}
-
+    return {"accuracy": correct.sum(-1) / n, "balanced_accuracy": np.nanmean(recall, -1),
+            "kappa": kappa, "mae": (counts * distance).sum((-1, -2)) / n, "recall": recall}
 
 # -------------------------------------------------------------------------------------- checkpoints
-# A stop or a full disk loses nothing: files are replaced as a whole, and a run continues from its
-# last checkpoint. Skip this part at first reading.
+# A stop or a full disk costs one epoch at most: files are replaced as a whole, and a run continues
+# from its last checkpoint. Skip this part at first reading.
 
 def save(path, content):
     """Write a checkpoint (.pt), figure (.png), rows (.csv) or JSON, as a whole or not at all."""
@@ -428,7 +424,7 @@ def save(path, content):
     elif path.suffix == ".csv":
         csv.writer(text).writerows(content)
     else:
-        text.write(json.dumps(content, indent=1).replace("NaN", "null"))  # JSON has no NaN
+        text.write(json.dumps(content, indent=1).replace(" NaN", " null"))  # JSON has no NaN
     file.write(text.getvalue().encode("utf-8", "surrogateescape"))
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
@@ -446,11 +442,14 @@ def load_checkpoint(path, device="cpu"):
         raise KneeError(f"{path}: no such checkpoint, run train first or name another --run")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)  # runs no code in it
+        own = ("epoch", "temperature") if path.name == "best.pt" else ("history", "ema", "schedule")
         model = KneeNet(Config(**checkpoint["config"]).widths)
         model.load_state_dict(checkpoint["model"])
+        if not {"xrays", *own} <= checkpoint.keys():
+            raise KeyError("a part is missing")
     except Exception as error:  # torch.load raises all kinds on foreign files
         raise KneeError(f"{path}: damaged, or of another program, name another --run") from error
-    return checkpoint, model.to(device, memory_format=torch.channels_last).eval()
+    return checkpoint, model.to(device).eval()
 
 def resume(run, origin, state):
     """Load `state` from last.pt and return the history of the run, empty if there is no last.pt.
@@ -471,25 +470,24 @@ def resume(run, origin, state):
 
 def mixed_precision(device):
     """Return a context in which convolutions run in bfloat16, where that is faster than float32."""
-    if device.type == "cpu":  # Intel's CPUs are fast with it in AMX alone; AMD's lack AVX-512 FP16
+    if device.type == "cpu":  # Intel's are fast by AMX alone; those without FP16 are AMD's
         has = getattr(torch.cpu, "get_capabilities", dict)().get
         fast = has("amx_bf16") or has("avx512_bf16") and not has("avx512_fp16")
     else:
         fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.autocast(device.type, torch.bfloat16, enabled=bool(fast))
 
-
 # ----------------------------------------------------------------------------------------- training
 # Show a batch, measure the error, move each weight a little to where the error is smaller: that is
 # the loop of `train`. The rest keeps it honest: validation chooses the epoch, not the test subset.
-# Training accuracy is of augmented pictures and with dropout, so it may be the lower one.
+# Training accuracy is of augmented pictures, with dropout: it may be below that of validation.
 
 Epoch = namedtuple("Epoch", "epoch train_loss train_accuracy val_loss val_accuracy val_kappa lr "
                             "seconds")
 
 def soft_labels(softness, device="cpu"):
     """Return (5, 5): row g is the label of grade g, softmax(-distance^2 / softness). Radiologists
-    often differ by one grade, so that is not all wrong (Diaz and Marathe, 2019)."""
+    often differ by one grade, so that is punished less (Diaz and Marathe, 2019)."""
     grade = torch.arange(len(GRADES), device=device)
     return torch.softmax(-(grade[:, None] - grade).square() / max(softness, 1e-9), 1)
 
@@ -521,8 +519,8 @@ def evaluate(model, dataset, labels):
 
 @torch.no_grad()
 def update_ema(ema, model, step):
-    """Move the averaged weights toward the model's. Two thirds of the average come from the last
-    quarter of the steps so far (Shamir and Zhang, 2013): it jumps less than single steps do."""
+    """Move the averaged weights, which are validated and kept, toward the model's. Two thirds of
+    the average come from the last quarter of the steps so far (Shamir and Zhang, 2013)."""
     for mean, new in zip(ema.state_dict().values(), model.state_dict().values()):
         if mean.is_floating_point():  # batch norm also counts its batches
             mean.lerp_(new, 4 / (step + 3))  # 1 at the first step
@@ -533,13 +531,12 @@ def train(train_set, val_set, config, run):
     begun with other settings or pictures, or if the loss is NaN."""
     n, device, run = len(train_set), train_set.images.device, Path(run)
     torch.manual_seed(config.seed)  # initial weights
-    model, ema = (KneeNet(config.widths, config.dropout).to(memory_format=torch.channels_last)
-                  .to(device) for _ in range(2))  # ema, the averaged weights, is validated and kept
+    model, ema = (KneeNet(config.widths, config.dropout).to(device) for _ in range(2))
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=config.weight_decay, fused=True)
     batch = min(config.batch, max(8, n // 75), n)  # small sets take more steps; more epochs overfit
     steps = n // batch  # the last, incomplete batch is dropped
     schedule = torch.optim.lr_scheduler.OneCycleLR(  # warm-up, then cosine (Smith and Topin, 2018)
-        optimizer, config.lr, steps * config.epochs, pct_start=0.25, cycle_momentum=False)
+        optimizer, config.lr, max(5, steps * config.epochs), pct_start=0.25, cycle_momentum=False)
     labels = soft_labels(config.softness, device)
     origin = {"config": asdict(config), "xrays": list(map(tuple, train_set.xrays + val_set.xrays))}
     state = {"model": model, "ema": ema, "optimizer": optimizer, "schedule": schedule}
@@ -586,21 +583,22 @@ def bootstrap(true, predicted, patients, draws=2000):
     """Return 95 % intervals {metric: [low, high]} by the bootstrap (Efron, 1979). Patients are
     drawn, not pictures: the two knees of a patient are no independent evidence."""
     _, number = np.unique(patients, return_inverse=True)
-    counts = np.zeros((number.max() + 1, len(GRADES) ** 2))
-    np.add.at(counts, (number, np.asarray(true) * len(GRADES) + np.asarray(predicted)), 1)
-    n = len(counts)
+    n = number.max() + 1
+    counts = np.zeros((n, len(GRADES), len(GRADES)))  # a confusion matrix for each patient
+    np.add.at(counts, (number, true, predicted), 1)
     drawn = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), draws)  # (draws, patients)
-    scores = metrics((drawn @ counts).reshape(draws, len(GRADES), len(GRADES)))
+    scores = metrics(np.tensordot(drawn, counts, 1))
     return {name: np.percentile(scores[name], (2.5, 97.5)).tolist() for name in METRICS}
 
-def grade(checkpoint, model, dataset):
-    """Return (grades, probabilities): arrays (N,) and (N, 5), with TTA and calibrated."""
+def grade_pictures(checkpoint, model, dataset):
+    """Return (grades, probabilities), arrays (N,) and (N, 5): by TTA, and calibrated with the
+    temperature that validation chose."""
     logits = predict(model, dataset.images) / checkpoint["temperature"]
     probabilities = logits.softmax(1).cpu()
     return decide(probabilities).numpy(), probabilities.numpy()
 
-def fit(args):
-    """Train on the split of a run, which is made if it is missing. Return the history."""
+def fit(args, folder):
+    """Train into a folder on the split of a run, made if it is missing. Return the history."""
     if not (args.run / "split.csv").exists():
         command_split(args)
     xrays, size = read_split(args), args.config.size
@@ -609,12 +607,12 @@ def fit(args):
     print(f"training on {len(train_set)} pictures, validating on {len(val_set)}, on {args.device} "
           f"with {torch.get_num_threads()} threads\n"
           "each line tells the time left; Ctrl-C stops, the same command goes on")
-    return train(train_set, val_set, args.config, args.run)
+    return train(train_set, val_set, args.config, folder)
 
 def command_evaluate(args):
     """Evaluate the best epoch: RUN/metrics.json, predictions.csv; or other data (--external).
-    Without a test subset, or while training goes on, it is the validation subset. Return (metrics,
-    rows of predictions.csv, network)."""
+    Evaluate val if there is no test subset, or while training is unfinished. Return (metrics, rows
+    of predictions.csv, network)."""
     checkpoint, model = load_checkpoint(args.run / "best.pt", args.device)
     data, names = args.data, ("metrics.json", "predictions.csv")
     if args.external:
@@ -629,16 +627,16 @@ def command_evaluate(args):
         subset = "test" if finished and "test" in {x.subset for x in xrays} else "val"
         xrays = [x for x in xrays if x.subset == subset]
     dataset = KneeFolder(data, xrays, checkpoint["config"]["size"], args.device)
-    trained = [Xray(*x) for x in checkpoint["xrays"]]
-    known = {x.digest for x in trained} | {x.patient for x in trained if x.patient != x.path}
+    used = [Xray(*x) for x in checkpoint["xrays"]]  # for training and validation
+    known = {x.digest for x in used} | {x.patient for x in used if x.patient != x.path}
     seen = [x.path for x in dataset.xrays if x.digest in known or x.patient in known]
     if seen and subset == "external":
         raise KneeError(f"{data}: {len(seen)} of its pictures or their patients were in training "
                         f"({seen[0]}), name other data")
     true = dataset.grades.cpu().numpy()
-    predicted, probabilities = grade(checkpoint, model, dataset)
+    predicted, probabilities = grade_pictures(checkpoint, model, dataset)
     confusion = confusion_matrix(true, predicted)
-    usual = Counter(x.grade for x in trained if x.subset == "train").most_common(1)[0][0]
+    usual = Counter(x.grade for x in used if x.subset == "train").most_common(1)[0][0]
     scores = {name: score.tolist() for name, score in metrics(confusion).items()}
     intervals = bootstrap(true, predicted, [x.patient for x in xrays])
     result = {"subset": subset, "n": len(true), "epoch": checkpoint["epoch"], **scores,
@@ -648,9 +646,9 @@ def command_evaluate(args):
             for x, answer, own in zip(xrays, predicted.tolist(), probabilities)]
     save(args.run / names[0], result)
     save(args.run / names[1], [("path", "grade", "predicted", *PROBABILITIES), *rows])
-    print(f"\n{subset} subset: {len(xrays)} pictures, by epoch {result['epoch']}",
-          {"test": "that validation chose", "external": "and none of them was trained on",
-           "val": "that these chose\nNo test subset yet: that flatters the results"}[subset])
+    print(f"\n{subset} subset: {len(xrays)} pictures, by the network of epoch {result['epoch']}")
+    print({"test": "validation chose the epoch", "external": "none of them was trained on",
+           "val": "no test: these pictures chose the epoch, which flatters the results"}[subset])
     print_table(("", "result", "95 % interval"), *(
         (title, f"{scores[name]:.3f}", "{:.3f} to {:.3f}".format(*intervals[name]))
         for name, title in METRICS.items()),
@@ -659,7 +657,6 @@ def command_evaluate(args):
                 ("recall", *(f"{recall:.3f}" for recall in scores["recall"])),
                 ("pictures", *confusion.sum(1)))
     return result, rows, model
-
 
 # The lesson ends here; the rest is support code.
 # ------------------------------------------------------------------------------------------ looking
@@ -670,38 +667,37 @@ def grad_cam(model, images, grades):
     """Return heat (N, S, S) from 0 to 1: what in pictures (N, 1, S, S) spoke for grades (N,).
     Grad-CAM (Selvaraju et al., 2017) weights the last feature maps by the slopes of the logit."""
     size, rows = images.shape[-1], joint_rows(images.shape[-1])
-    half = rows.stop - rows.start  # as wide as high
-    maps = model.features(model.halves(images))  # (2N, C, H, W)
+    halves = model.halves(images.float())  # (2N, 1, 4/7 S, 4/7 S)
+    maps = model.features(halves)  # (2N, C, H, W)
     logits = model.head(maps).gather(1, grades[:, None])  # (N, 1)
     slopes = torch.autograd.grad(logits.sum(), maps)[0].mean((2, 3), keepdim=True)  # (2N, C, 1, 1)
     heat = F.relu((slopes * maps).sum(1, keepdim=True)).detach()  # (2N, 1, H, W)
-    left, right = F.interpolate(heat, (half, half), mode="bilinear")[:, 0].chunk(2)
-    whole = torch.zeros(len(images), size, size, device=images.device)
-    whole[:, rows, :half] = left
-    whole[:, rows, -half:] = torch.maximum(whole[:, rows, -half:], right.flip(2))
-    return whole / whole.amax((1, 2), keepdim=True).clamp(min=1e-9)
+    heat = F.interpolate(heat, halves.shape[2:], mode="bilinear")[:, 0]  # back to the halves' size
+    margins = (0, size - heat.shape[2], rows.start, size - rows.stop)
+    left, right = F.pad(heat, margins).chunk(2)  # twice (N, S, S)
+    heat = torch.maximum(left, right.flip(2))
+    return heat / heat.amax((1, 2), keepdim=True).clamp(min=1e-9)
 
-def draw_pairs(figure, model, paths, titles, grades, columns):
-    """Draw pictures into a figure, each beside itself under the heat of its predicted grade."""
-    axes = figure.subplots(-(-len(paths) // columns), 2 * columns, squeeze=False).flat
+def draw_pairs(figure, model, size, pictures, columns):
+    """Draw pictures (path, title, grade), each beside itself under the heat of that grade."""
+    axes = figure.subplots(-(-len(pictures) // columns), 2 * columns, squeeze=False).flat
     for ax in axes:
         ax.axis("off")
-    for i, (path, title, grade) in enumerate(zip(paths, titles, grades)):
-        grey, device = read_xray(path, 224), model.classifier.weight.device
+    for i, (path, title, grade) in enumerate(pictures):
+        grey, device = read_xray(path, size), model.classifier.weight.device
         image = standardize(torch.from_numpy(grey)[None, None]).to(device)
         heat = grad_cam(model, image, torch.tensor([grade], device=device))[0].cpu().numpy()
-        # matplotlib refuses broken letters, and takes what is between two $ for a formula.
-        title = title.encode("utf-8", "replace").decode().replace("$", r"\$")[-40:]
+        title = title.encode("utf-8", "replace").decode()  # matplotlib refuses broken letters
         for ax, text in (axes[2 * i], title), (axes[2 * i + 1], f"predicted {grade}"):
             ax.imshow(grey, cmap="gray", vmin=0, vmax=255)
-            ax.set_title(text, fontsize=9)
+            ax.set_title(text[-40:], fontsize=9, parse_math=False)
         ax.imshow(heat, cmap="inferno", alpha=0.6 * heat, vmin=0, vmax=1)
 
 def command_plot(args):
     """Draw a run into RUN/report.png: loss, accuracy, confusion matrix, heat maps."""
-    history = load_checkpoint(args.run / "last.pt")[0]["history"]
+    last, _ = load_checkpoint(args.run / "last.pt")
     result, answers, model = command_evaluate(args)
-    columns, best = dict(zip(Epoch._fields, zip(*history))), result["epoch"]
+    columns, best = dict(zip(Epoch._fields, zip(*last["history"]))), result["epoch"]
     figure = Figure(figsize=(13, 7.6), layout="constrained", dpi=110)  # pyplot needs a display
     figure.suptitle(f"{args.run.name}, {result['n']} {result['subset']} pictures: " + ", ".join(
         f"{title} {result[name]:.3f}" for name, title in METRICS.items()))
@@ -719,15 +715,15 @@ def command_plot(args):
     for (true, predicted), share in np.ndenumerate(shares):
         matrix.text(predicted, true, f"{counts[true, predicted]}\n{share:.0%}", ha="center",
                     va="center", color="white" if share > 0.6 else "black")
-    matrix.set(xlabel="predicted grade", ylabel="true grade", title="pictures, share of the row",
+    matrix.set(xlabel="predicted grade", ylabel="true grade", title="confusion matrix",
                xticks=range(len(GRADES)), yticks=range(len(GRADES)))
-    shown = [next(a for a in answers if a[1] == g) for g in sorted({a[1] for a in answers})]
-    paths, titles = [args.data / a[0] for a in shown], [f"true grade {a[1]}" for a in shown]
-    draw_pairs(lower, model, paths, titles, [a[2] for a in shown], len(shown))
+    first = {row[1]: row for row in reversed(answers)}  # of each grade
+    pictures = [(args.data / first[grade][0], f"true grade {grade}", first[grade][2])
+                for grade in sorted(first)]
+    draw_pairs(lower, model, last["config"]["size"], pictures, len(pictures))
     lower.suptitle("A picture of each grade; beside it, bright, what spoke for the predicted grade")
     save(args.run / "report.png", figure)
     print(f"\ndrawn: {args.run / 'report.png'}")
-
 
 # -------------------------------------------------------------------------------- files and machine
 
@@ -820,16 +816,16 @@ def read_patients(path):
     return {row["image"]: row["patient"].strip() for row in rows}
 
 def pick_device(name):
-    """Return the torch.device of --device, or raise KneeError. Use as many threads as cores."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    limit = Path("/sys/fs/cgroup/cpu.max")  # a container has a share of the cores
+    """Return the torch.device of --device, or raise KneeError. Use a container's share of cores."""
+    limit = Path("/sys/fs/cgroup/cpu.max")
     quota, period = limit.read_text().split() if limit.is_file() else ("max", 1)
-    cores = cores if quota == "max" else min(cores, max(1, int(quota) // int(period)))
-    torch.set_num_threads(min(cores, torch.get_num_threads()))  # more only wait for each other
-    mps = "mps" if torch.backends.mps.is_available() else "cpu"
-    auto = "cuda" if torch.cuda.is_available() else mps
+    if quota != "max":  # more threads only wait for each other
+        torch.set_num_threads(min(torch.get_num_threads(), max(1, int(quota) // int(period))))
+    if name == "auto":
+        mps = "mps" if torch.backends.mps.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else mps
     try:
-        return torch.zeros(1, device=auto if name == "auto" else name).device
+        return torch.zeros(1, device=name).device
     except (RuntimeError, AssertionError) as error:
         raise KneeError(f"--device {name}: not on this machine, use --device auto") from error
 
@@ -910,7 +906,6 @@ def make_phantoms(folder, count=1000, seed=0):
     on_all_cores(draw, range(count), "draw")
     part.replace(folder)
 
-
 # ---------------------------------------------------------------------------------------- commands
 # Each takes the parsed command line: data, run, patients, device, and config (the settings).
 
@@ -956,7 +951,7 @@ def read_split(args):
 
 def command_train(args):
     """Train a network, keep its best epoch, evaluate it: RUN/history.csv, best.pt, last.pt."""
-    fit(args)
+    fit(args, args.run)
     command_evaluate(args)
     print(f'\nnext: python kneeoa.py plot --data "{args.data}" --run "{args.run}"')
 
@@ -971,14 +966,14 @@ def command_predict(args):
             paths += [path] if path.exists() else sorted(found) or [path]
     if not paths:
         raise KneeError(f"{args.images[0]}: has no pictures in it, name another folder")
-    if args.heatmap and args.heatmap.suffix != ".png":
-        raise KneeError(f"--heatmap {args.heatmap}: must end in .png")
+    if args.heatmap and (args.heatmap.suffix != ".png" or len(paths) > 300):
+        raise KneeError(f"--heatmap {args.heatmap}: must end in .png and show at most 300 pictures")
     checkpoint, model = load_checkpoint(args.run / "best.pt", args.device)
     xrays = [Xray(str(path), 0, "") for path in paths]
     for note in inspect_xrays("", xrays)[1]:
         print(note[:79])
     dataset = KneeFolder("", xrays, checkpoint["config"]["size"], args.device)
-    grades, probabilities = grade(checkpoint, model, dataset)
+    grades, probabilities = grade_pictures(checkpoint, model, dataset)
     print_table(("file", "grade", "name", *PROBABILITIES), *(
         (path, answer, GRADES[answer], *(f"{p:.3f}" for p in own))
         for path, answer, own in zip(paths, grades, probabilities)))
@@ -987,28 +982,30 @@ def command_predict(args):
         columns = min(3, len(paths))
         size = (6.4 * columns, 3.6 * -(-len(paths) // columns))
         figure = Figure(figsize=size, layout="constrained", dpi=110)
-        draw_pairs(figure, model, paths, [path.name for path in paths], grades, columns)
+        pictures = [(path, path.name, answer) for path, answer in zip(paths, grades)]
+        draw_pairs(figure, model, checkpoint["config"]["size"], pictures, columns)
         save(args.heatmap, figure)
 
 def command_tune(args):
     """Train with all combinations of the given settings and compare them: RUN/tune.csv."""
-    grid, run, rows = args.grid, args.run, []
+    grid, rows = args.grid, []
     if all(len(values) == 1 for values in grid.values()):
         grid |= {"lr": [1.5e-3, 3e-3, 6e-3], "epochs": [8]}
     head = (*grid, "epoch", "val_loss", "val_accuracy", "val_kappa")
     for values in itertools.product(*grid.values()):
-        args.config, words = Config(**dict(zip(grid, values))), [as_text(value) for value in values]
-        args.run = run / "tune" / "_".join(words)
-        history = fit(args)
-        best = history[load_checkpoint(args.run / "best.pt")[0]["epoch"] - 1]
+        args.config, words = Config(*values), [as_text(value) for value in values]
+        folder = args.run / "tune" / "_".join(words)
+        history = fit(args, folder)
+        best = history[load_checkpoint(folder / "best.pt")[0]["epoch"] - 1]
         rows.append((*words, best.epoch, *(f"{score:.4g}" for score in best[3:6])))
-        save(run / "tune.csv", [head, *rows])
+        save(args.run / "tune.csv", [head, *rows])
     rows.sort(key=lambda row: float(row[-1]), reverse=True)
     tried = [i for i, values in enumerate(grid.values()) if len(values) > 1]
     print_table(*([row[i] for i in tried] + list(row[-4:]) for row in (head, *rows)))
-    words = [f"--{head[i].replace('_', '-')} {rows[0][i]}" for i in tried]
-    print(f'\nthe best in full: python kneeoa.py train --data "{args.data}" --run "{run}-best"',
-          *words)
+    words = [f"--{name.replace('_', '-')} {word}" for name, word in zip(grid, rows[0])
+             if name != "epochs" and word != as_text(getattr(Config, name))]
+    print(f'\nthe best in full:\npython kneeoa.py train --data "{args.data}" '
+          f'--run "{args.run}-best"', *words)
 
 def command_phantoms(args):
     """Draw X-rays of known grade, which are no medical data, into a folder."""
@@ -1083,8 +1080,8 @@ def main(argv=None):
         if isinstance(error, OSError):
             text = f"{error.filename}: {error.strerror}, check path and permissions"
         elif not isinstance(error, KneeError):
-            if isinstance(error, RuntimeError) and "memory" not in text:  # a fault of ours
-                raise
+            if isinstance(error, RuntimeError) and not re.search("(allocate|out of) memory", text):
+                raise  # a fault of ours
             text = "the memory is full, try a smaller --size or --batch, or another --device"
         print("kneeoa: error: " + text.replace("\n", "\\n"), file=sys.stderr)
         return 2

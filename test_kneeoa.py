@@ -354,7 +354,6 @@ def test_a_traced_network_takes_batches_of_another_size(learned):
 
 # -------------------------------------------------------------------------------------------------- input
 def around(x, reach):
-    """Return the mean of a square around each pixel, twice."""
     for _ in range(2):
         padded = np.pad(x, reach, constant_values=np.nan)
         x = np.nanmean(np.lib.stride_tricks.sliding_window_view(padded, (2 * reach + 1,) * 2), (2, 3))
@@ -392,8 +391,7 @@ def test_augmentation_turns_scales_shifts_and_mirrors_within_its_bounds():
     assert 10 < angle.abs().max() < 13.1 and 0.15 < shift.abs().max() < 0.175
     assert 0.8 < scale.min() < 0.87 and 1.15 < scale.max() < 1.25
     assert 150 < (matrix[:, 0, 0] < 0).sum() < 250  # about half are mirrored
-    wide, high = matrix.norm(dim=2).T
-    assert 0.07 < (wide / high).log().abs().max() < 0.09  # stretched
+    assert 0.07 < (matrix[:, 0].norm(dim=1) / matrix[:, 1].norm(dim=1)).log().abs().max() < 0.09  # stretched
     assert (matrix[:, 0] * matrix[:, 1]).sum(1).abs().max() < 1e-4  # right angles stay: nothing is sheared
 
 
@@ -473,7 +471,8 @@ def test_the_best_epoch_is_the_one_of_highest_validation_kappa(phantoms, tmp_pat
     kappas = [epoch.val_kappa for epoch in history]
     best, model = kneeoa.load_checkpoint(tmp_path / "best.pt")
     assert kappas[best["epoch"] - 1] == max(kappas) > min(kappas)
-    scores = kneeoa.metrics(kneeoa.confusion_matrix(val_set.grades, answers(model, val_set, best["temperature"])))
+    graded = answers(model, val_set, best["temperature"])
+    scores = kneeoa.metrics(kneeoa.confusion_matrix(val_set.grades, graded))
     assert scores["kappa"] == pytest.approx(max(kappas))  # the weights are those of that epoch
 
 
@@ -511,7 +510,7 @@ def test_the_temperature_makes_the_probabilities_honest(temperature):
     model = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(1, 5))
     model[2].weight.data, model[2].bias.data = temperature * slopes[:, None], torch.zeros(5)
     dataset = SimpleNamespace(images=greys[:, :, None, None].expand(4000, 1, 8, 8), grades=grades)
-    assert kneeoa.evaluate(model, dataset, kneeoa.soft_labels(0.5))[-1] == pytest.approx(temperature, rel=0.15)
+    assert kneeoa.evaluate(model, dataset, kneeoa.soft_labels(0.5))[-1] == pytest.approx(temperature, rel=0.1)
 
 
 def test_a_tiny_set_is_overfit(phantoms, tmp_path):
@@ -545,37 +544,40 @@ def test_the_same_seed_gives_the_same_bits_in_another_process(trained, phantoms,
 
 @pytest.fixture(scope="session")
 def killed(phantoms):
-    """A run that was killed three times as it was about to replace a file, each time another file."""
+    """A run that was killed three times, each time as it was about to replace another file."""
     words = ["train", "--data", phantoms, "--run", phantoms.parent / "killed", *SMALL]
     program = """if True:
         import itertools, os, sys, kneeoa
-        replace, calls, last = os.replace, itertools.count(), int(sys.argv.pop(1))
-        os.replace = lambda *paths: replace(*paths) if next(calls) < last else os.kill(os.getpid(), 9)
+        name, last, calls, replace = sys.argv.pop(1), int(sys.argv.pop(1)), itertools.count(1), os.replace
+        def kill(part, path):
+            now = str(path).endswith(name) and next(calls) == last
+            os.kill(os.getpid(), 9) if now else replace(part, path)
+        os.replace = kill
         kneeoa.main()"""
-    for replaced in (2, 4, 5):
-        process = [sys.executable, "-c", program, str(replaced), *map(str, words)]
+    for name, times in (("best.pt", 1), ("last.pt", 2), ("history.csv", 3)):
+        process = [sys.executable, "-c", program, name, *map(str, (times, *words))]
         assert subprocess.run(process, cwd=PROGRAM.parent, capture_output=True).returncode == -9
     assert run(*words) == 0
     return phantoms.parent / "killed"
 
 
 def test_a_run_that_was_killed_again_and_again_ends_with_the_same_bits(killed, trained):
-    assert same_bits(killed, trained)
+    assert same_bits(killed, trained) and len(rows(killed / "history.csv")) == 4
 
 
 def test_a_run_is_not_continued_with_other_settings_or_pictures(trained, phantoms, tmp_path, capsys):
     words = ["train", "--data", phantoms, "--run", trained, *SMALL]
     assert "lr was 0.02" in error_of(capsys, *words, "--lr", "0.01")
-    shutil.copytree(phantoms, tmp_path / "other")
     path = next(row["path"] for row in rows(trained / "split.csv") if row["subset"] == "train")
-    put(tmp_path / "other" / path)
+    put(shutil.copytree(phantoms, tmp_path / "other") / path)
     assert "pictures" in error_of(capsys, "train", "--data", tmp_path / "other", "--run", trained, *SMALL)
     assert str(trained) in error_of(capsys, "split", "--data", phantoms, "--run", trained)
 
 
 def test_two_processes_that_train_into_one_run_at_once_both_end_well(phantoms, tmp_path):
     words = command("train", "--data", phantoms, "--run", tmp_path, *SMALL, "--epochs", "20")
-    processes = [subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) for _ in "ab"]
+    words, quiet = ["env", "OMP_NUM_THREADS=1", *words], subprocess.DEVNULL  # they would wait for each other
+    processes = [subprocess.Popen(words, stdout=quiet, stderr=quiet) for _ in "ab"]
     assert [process.wait() for process in processes] == [0, 0]
     assert len(rows(tmp_path / "history.csv")) == 20 and not list(tmp_path.glob("*.part*"))
 
@@ -713,7 +715,7 @@ def test_predict_agrees_with_evaluate(trained, phantoms, capsys):
     assert head.split() == ["file", "grade", "name", "p0", "p1", "p2", "p3", "p4"]
     for line, row in zip(lines, predictions, strict=True):
         path, grade, name, *told = line.split()
-        assert (path, grade, name) == (str(phantoms / row["path"]), row["predicted"], kneeoa.GRADES[int(grade)])
+        assert path.endswith(row["path"]) and grade == row["predicted"] == str(kneeoa.GRADES.index(name))
         assert [float(p) for p in told] == pytest.approx([float(row[f"p{g}"]) for g in range(5)], abs=2e-3)
 
 
@@ -772,15 +774,14 @@ def test_all_broken_pictures_are_named_in_one_line(tmp_path, capsys):
 @pytest.mark.parametrize("spoil", [
     lambda path: path.unlink(), lambda path: path.write_bytes(path.read_bytes()[:2000]),
     lambda path: torch.save({"state_dict": {}}, path), lambda path: torch.save([1, 2, 3], path),
-    lambda path: path.write_bytes(b"cos\nsystem\n(S'touch pwned'\ntR."),  # a pickle that runs a command
-], ids=["missing", "truncated", "foreign", "list", "hostile"])
+    lambda path: torch.save({key: torch.load(path)[key] for key in ("config", "model")}, path),
+    lambda path: path.write_bytes(f"cos\nsystem\n(S'touch {path}.pwned'\ntR.".encode()),  # runs a command
+], ids=["missing", "truncated", "foreign", "list", "half", "hostile"])
 @pytest.mark.parametrize("name", ["best.pt", "last.pt"])
-def test_a_bad_checkpoint_is_named_and_runs_no_code(
-        spoil, name, trained, phantoms, tmp_path, capsys, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_a_bad_checkpoint_is_named_and_runs_no_code(spoil, name, trained, phantoms, tmp_path, capsys):
     spoil(shutil.copytree(trained, tmp_path / "run") / name)
-    assert name in error_of(capsys, "plot", "--data", phantoms, "--run", "run")
-    assert not Path("pwned").exists()
+    assert name in error_of(capsys, "plot", "--data", phantoms, "--run", tmp_path / "run")
+    assert not list(tmp_path.rglob("*.pwned"))
 
 
 @pytest.mark.filterwarnings("default:Glyph")  # fonts without Chinese signs
@@ -799,7 +800,7 @@ def test_file_names_of_every_kind_work_all_through(phantoms, tmp_path, monkeypat
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux has these limits")
 @pytest.mark.parametrize("kind, more, told", [
-    ("FSIZE", 1000, "split.csv: .*space"), ("AS", 2**28, "memory is full")], ids=["disk", "memory"])
+    ("FSIZE", 1000, "split.csv: .*space"), ("AS", 10**8, "memory is full")], ids=["disk", "memory"])
 def test_a_full_disk_or_memory_ends_in_one_line(kind, more, told, phantoms, tmp_path, capsys):
     resource = pytest.importorskip("resource")
     limit = getattr(resource, f"RLIMIT_{kind}")
@@ -840,8 +841,8 @@ def test_ctrl_c_ends_in_one_line_that_says_how_to_go_on(phantoms, tmp_path):
 
 def test_a_pipe_that_closes_ends_in_silence_and_the_run_goes_on_later(trained, phantoms, tmp_path):
     words = ["train", "--data", phantoms, "--run", tmp_path, *SMALL]
-    pipe = subprocess.PIPE
-    with subprocess.Popen(command(*words), stdout=pipe, stderr=pipe, text=True) as process:
+    pipe, environment = subprocess.PIPE, os.environ | {"PYTHONUNBUFFERED": ""}
+    with subprocess.Popen(command(*words), stdout=pipe, stderr=pipe, text=True, env=environment) as process:
         process.stdout.close()
         err = process.stderr.read()
     assert not re.search("error|exception|traceback|disk|space", err, re.IGNORECASE), err
