@@ -715,8 +715,8 @@ def command_plot(args):
     for (true, predicted), share in np.ndenumerate(shares):
         matrix.text(predicted, true, f"{counts[true, predicted]}\n{share:.0%}", ha="center",
                     va="center", color="white" if share > 0.6 else "black")
-    matrix.set(xlabel="predicted grade", ylabel="true grade", title="confusion matrix",
-               xticks=range(len(GRADES)), yticks=range(len(GRADES)))
+    matrix.set(xlabel="predicted grade", ylabel="true grade", xticks=range(len(GRADES)),
+               yticks=range(len(GRADES)), title="confusion matrix: pictures, share of row")
     first = {row[1]: row for row in reversed(answers)}  # of each grade
     pictures = [(args.data / first[grade][0], f"true grade {grade}", first[grade][2])
                 for grade in sorted(first)]
