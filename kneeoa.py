@@ -470,7 +470,8 @@ def resume(run, origin, state):
 
 def mixed_precision(device):
     """Return a context in which convolutions run in bfloat16, where that is faster than float32."""
-    if device.type == "cpu":  # Intel's are fast by AMX alone; those without FP16 are AMD's
+    if device.type == "cpu":  # AMX is fast, and so is AVX-512 on AMD's CPUs, but not on Intel's:
+        # it was a third slower than float32. AMD's have AVX-512 BF16 without AVX-512 FP16.
         has = getattr(torch.cpu, "get_capabilities", dict)().get
         fast = has("amx_bf16") or has("avx512_bf16") and not has("avx512_fp16")
     else:
@@ -940,6 +941,8 @@ def read_split(args):
     path, patients = args.run / "split.csv", read_patients(args.patients)
     xrays = [Xray(row["path"], grade_of(row["grade"]), row["patient"], row["subset"])
              for row in read_csv(path, *Xray._fields[:4])]
+    if not {"train", "val"} <= {x.subset for x in xrays}:
+        raise KneeError(f"{path}: has no train or no val, remove it and run split again")
     check_leakage(path, "patients", [(x.patient, x.subset) for x in xrays])
     for x in xrays:
         if x.subset not in SUBSETS or x.grade is None or not (args.data / x.path).is_file():

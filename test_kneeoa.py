@@ -856,6 +856,12 @@ def test_a_missing_or_narrow_output_stream_does_no_harm(name, encoding, trained,
     assert run("predict", put(tmp_path / "膝.png"), "--run", trained) == 0
 
 
+def test_a_split_without_validation_is_refused(trained, phantoms, tmp_path, capsys):
+    split = (trained / "split.csv").read_text()
+    (tmp_path / "split.csv").write_text(re.sub(r"[^\n]*,val\r?\n", "", split))
+    assert "no val" in error_of(capsys, "train", "--data", phantoms, "--run", tmp_path, *SMALL)
+
+
 def test_the_snippet_of_the_readme_runs(phantoms, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(phantoms, "phantoms")
