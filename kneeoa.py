@@ -7,8 +7,7 @@
 
 The Kellgren-Lawrence (KL) scale (Kellgren and Lawrence, 1957) grades a knee
 from 0 (none) to 4 (severe). Phantoms are drawn knees, to try all of this with.
-Read this file from top to bottom: settings, reading, splitting, input, data
-set, network, decision, checkpoints, training, testing. Then support code.
+Read this file from top to bottom. What follows the testing is support code.
 
 Measured at commit bd1c022 on the 1,656 test knees of Chen's public set, seeds
 0 and 1: accuracy .700 and .709, quadratic weighted kappa .854 and .854 (see
@@ -45,11 +44,11 @@ JOINT = (2 / 7, 6 / 7)  # the rows that the network sees, as shares of the heigh
 SUBSETS = {"train": 0.70, "val": 0.15, "test": 0.15}  # share of the pictures
 
 class KneeError(Exception):
-    """A user's mistake: `main` prints it as one line, without traceback, and returns status 2."""
+    """A user's mistake. `main` prints it as one line and returns status 2."""
 
-# ----------------------------------------------------------------------------------------- settings
-# What changes from run to run. The command line is made from these fields, and each checkpoint
-# keeps them. EXPERIMENTS.md has the measurements behind the defaults.
+# ---------------------------------------- settings
+# What changes from run to run. The command line is made from these fields. EXPERIMENTS.md has the
+# measurements behind the defaults.
 
 def setting(default, low, high, meaning):
     return field(default=default, metadata={"range": (low, high), "meaning": meaning})
@@ -64,7 +63,7 @@ class Config:
     lr: float = setting(3e-3, 1e-6, 1.0, "peak learning rate")
     weight_decay: float = setting(0.02, 0.0, 1.0, "weight decay of AdamW")
     dropout: float = setting(0.3, 0.0, 0.95, "share of features dropped before the last layer")
-    widths: tuple = setting((32, 64, 96, 192), 4, 1024, "channels of one to four stages, as 8,16")
+    width: int = setting(32, 4, 256, "channels of the first stage; the last has six times as many")
     softness: float = setting(0.5, 0.0, 2.0, "width of the soft labels, 0: hard labels")
     augment: float = setting(1.0, 0.0, 3.0, "strength of the augmentation, 0: mirroring alone")
     seed: int = setting(0, 0, 2**31 - 1, "of split, initial weights, order and augmentation")
@@ -72,16 +71,10 @@ class Config:
     def __post_init__(self):
         for f in fields(self):
             value, (low, high) = getattr(self, f.name), f.metadata["range"]
-            values = value if f.name == "widths" else (value,)
-            if not (1 <= len(values) <= 4 and all(low <= v <= high for v in values)):  # NaN fails
-                name = f.name.replace("_", "-")
-                raise KneeError(f"--{name} {as_text(value)}: must be from {low} to {high}"
-                                + ", one to four of them" * (name == "widths"))
+            if not low <= value <= high:  # NaN fails, too
+                raise KneeError(f"{f.name} {value}: must be from {low} to {high}")
 
-def as_text(value):
-    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
-
-# ------------------------------------------------------------------------------------------ reading
+# ---------------------------------------- reading
 # A picture that is read wrongly raises no error; the network just learns less from it. So every
 # kind of file becomes the same thing here: a square of grey bytes, upright, with bright bone.
 
@@ -90,83 +83,76 @@ SUFFIXES = {".png", ".jpg", ".jpeg", ".jfif", ".tif", ".tiff", ".bmp", ".webp", 
 WIDE = 1.9  # a picture wider than this many heights shows both knees
 
 def read_grey(path):
-    """Return a picture as uint8 (height, width), upright. Raise KneeError if it is unreadable."""
+    """Return (picture, whether it was a negative): uint8 (height, width), upright, bone bright.
+    Raise KneeError if it is unreadable."""
     try:
-        data = Path(path).read_bytes()
-        if data[128:132] == b"DICM":
-            raise ValueError("a DICOM file: export it as PNG with bright bone")
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            white_is_zero = getattr(image, "tag_v2", {}).get(262) == 0  # PhotometricInterpretation
+        with Image.open(path, formats=FORMATS) as image:
             image = ImageOps.exif_transpose(image)
             if image.mode[0] not in "IF":
-                return np.asarray(image.convert("L"))
-            # 16 bits or floats. convert("L") would clip all above 255 to white, so we scale them.
-            # Percentiles keep a few burnt-out pixels from setting the scale.
-            grey = np.nan_to_num(np.asarray(image, np.float64)) * (-1 if white_is_zero else 1)
-            low, high = np.percentile(grey, (0.5, 99.5))
-            return np.uint8((grey.clip(low, high) - low) * (255 / max(high - low, 1e-9)))
+                grey = np.asarray(image.convert("L"))
+            else:  # 16 bits or floats: convert("L") would clip all above 255 to white
+                grey = np.nan_to_num(np.asarray(image, np.float64))
+                # Percentiles keep a few burnt-out pixels from setting the scale.
+                grey = np.uint8(np.interp(grey, np.percentile(grey, (0.5, 99.5)), (0, 255)))
     except Exception as error:  # Pillow raises a dozen kinds on damaged or hostile files
-        raise KneeError(f"{path}: not readable as a picture ({error}), check it") from error
-
-def is_negative(grey):
-    """Tell whether bone is dark: the outer columns, mostly air, are brighter than the middle. Not
-    for pictures of both knees, whose middle is air as well."""
+        raise KneeError(f"{path}: not readable as {', '.join(FORMATS)}, check it") from error
+    # In a negative, the outer columns, mostly air, are brighter than the middle. Where a picture
+    # shows both knees, its middle is air, too.
     height, width = grey.shape
     edge, quarter = max(1, width // 14), width // 4
     outer = np.concatenate((grey[:, :edge], grey[:, -edge:]), 1)
-    return width <= WIDE * height and outer.mean() > grey[:, quarter : width - quarter].mean()
+    middle = grey[:, quarter : width - quarter]
+    negative = width <= WIDE * height and outer.mean() > middle.mean()
+    return (255 - grey if negative else grey), negative
 
 def read_xray(path, size):
     """Return a picture as uint8 (size, size) with bright bone. Raise KneeError if it is unreadable.
     The middle square is cut out, not stretched: grades depend on the width of the joint space."""
-    grey = read_grey(path)
-    image = Image.fromarray(255 - grey if is_negative(grey) else grey)
+    image = Image.fromarray(read_grey(path)[0])
     return np.array(ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS))
 
 # The path is relative to the data folder; subset "" means not given; digest is that of the pixels.
 Xray = namedtuple("Xray", "path grade patient subset digest", defaults=["", ""])
 
 def find_xrays(folder, patients_file=None):
-    """Return every graded picture of a data folder, as a list of Xray sorted by path.
-    The patient is looked up by file name in the patients file (osail_patients.csv, if it is beside
-    this program); else it is the number in a name such as 9003175L.png, else the path: the picture
-    then counts as a patient of its own. Raise KneeError if there is not exactly one data set."""
+    """Return the graded pictures of a data folder, a list of Xray sorted by path.
+    Folder names tell the grade (see `place_of`). The patient is looked up by file name in the
+    patients file (osail_patients.csv, if it is beside this program); else it is the number in a
+    name such as 9003175L.png; else the picture counts as a patient of its own, named by its path.
+    Raise KneeError if there is not exactly one data set."""
     folder, shipped = Path(folder), Path(__file__).with_name("osail_patients.csv")
     if not folder.is_dir():
         raise KneeError(f"{folder}: no such folder, name that of the X-rays with --data")
-    patients = read_patients(patients_file or (shipped if shipped.exists() else None))
+    patients_file = patients_file or (shipped if shipped.exists() else None)
+    patients = dict(read_csv(patients_file, "image", "patient")) if patients_file else {}
     places = {file: place_of(file.relative_to(folder).parts[:-1]) for file in files_below(folder)}
-    given = {top for top, subset, _ in places.values() if subset}  # with train, val or test in it
-    # A folder of grades beside train is no data set of its own.
-    tops = {top for top, _, grade in places.values() if grade is not None
-            and (top in given or top.rpartition("/")[0] not in given)}
-    if len(tops) != 1:
-        found = ", ".join(sorted(tops or {top for top, *_ in places.values()})[:9]) or "nothing"
-        raise KneeError(f"{folder}: has {len(tops)} data sets with folders 0 to {len(GRADES) - 1} "
-                        f"(found: {found}), name the folder of one")
-    xrays, passed_over = [], Counter()
+    given = any(subset for _, subset, _ in places.values())  # in folders train, val and test
+    data_sets, passed_over = defaultdict(list), Counter()
     for file, (top, subset, grade) in places.items():
-        if grade is None or top not in tops or (top in given and not subset):
-            passed_over[f"in {top or folder}"] += 1
-        elif file.suffix.lower() not in SUFFIXES:
+        if file.suffix.lower() not in SUFFIXES:
             passed_over[file.suffix or file.name] += 1
+        elif grade is None or given and not subset:
+            passed_over["in other folders"] += 1
         else:
-            path, match = file.relative_to(folder).as_posix(), PATIENT.match(file.name)
-            patient = patients.get(file.name) or (match[1] if match else path)
-            xrays.append(Xray(path, grade, patient, subset))
+            path, number = file.relative_to(folder).as_posix(), PATIENT.match(file.name)
+            patient = patients.get(file.name) or (number[1] if number else path)
+            data_sets[top].append(Xray(path, grade, patient, subset))
+    if len(data_sets) != 1:
+        found = ", ".join(sorted(data_sets or os.listdir(folder))[:9]) or "nothing"
+        raise KneeError(f"{folder}: has {len(data_sets)} data sets with folders 0 to "
+                        f"{len(GRADES) - 1} (found: {found}), name the folder of one")
     if passed_over:
         print("passed over:", ", ".join(f"{n} {what}" for what, n in sorted(passed_over.items())))
-    return sorted(xrays)
+    return sorted(data_sets.popitem()[1])
 
-# ---------------------------------------------------------------------------------------- splitting
-# Two pictures of one patient look alike and often have the same grade. With one in training and one
-# in the test subset (data leakage), a network scores by recognizing the patient. So we split
-# patients, not pictures.
+# ---------------------------------------- splitting
+# Two pictures of one patient look alike. With one in training and one in the test subset (data
+# leakage), a network scores by recognizing the patient. So we split patients, not pictures.
 
 def split_by_patient(xrays, seed, shares=SUBSETS):
     """Return the pictures with their subsets set: split by patient, stratified by grade.
     Greedy: give each patient to the subset that is furthest below its quota for the patient's
-    grades. A hash decides the order, so the split is the same on every machine. Raises KneeError if
+    grades. A hash decides the order, so the split is the same on every machine. Raise KneeError if
     a grade has fewer patients than there are subsets."""
     pictures, grades_of = Counter(x.grade for x in xrays), defaultdict(list)
     for xray in xrays:
@@ -197,9 +183,8 @@ def check_leakage(where, what, pairs):
                         + ", ".join(sorted(leaked)[:4]))
 
 def make_split(folder, seed, patients_file=None):
-    """Return (xrays with their subsets, notes). Keep a split that the folders give, else make one.
-    `inspect_xrays` leaves out duplicates and raises KneeError if a patient or picture is in two
-    given subsets. Raise KneeError, too, if a grade has no pictures to train on."""
+    """Return (xrays with their subsets, notes of `inspect_xrays`). Keep a split that the folders
+    give, else make one. Raise KneeError if one cannot be made, or a given one has leakage."""
     xrays, notes = inspect_xrays(folder, find_xrays(folder, patients_file))
     given = [subset for subset in SUBSETS if any(x.subset == subset for x in xrays)]
     train = [x for x in xrays if x.subset in ("", "train")]
@@ -208,20 +193,20 @@ def make_split(folder, seed, patients_file=None):
         raise KneeError(f"{folder}: no pictures of grades {missing} to train on, add some or "
                         "change GRADES in kneeoa.py")
     if not given:
-        notes.append("layout: folders by grade, split here by patient")
+        print("layout: folders by grade, split here by patient")
         return split_by_patient(xrays, seed), notes
-    notes.append(f"layout: {', '.join(given)} as the folders give them")
+    print(f"layout: {', '.join(given)} as the folders give them")
     if "test" not in given:
-        notes.append("no folder test: the results will be those of the validation subset")
+        print("no folder test: the results will be those of the validation subset")
     if "val" not in given:
-        notes.append("no folder val: it is taken from train, by patient")
+        print("no folder val: it is taken from train, by patient")
         train = split_by_patient(train, seed, {"train": 0.85, "val": 0.15})
         xrays = sorted(train + [x for x in xrays if x.subset == "test"])
     return xrays, notes
 
-# -------------------------------------------------------------------------------------------- input
-# Exposure says nothing about the joint, so `standardize` takes it out of each picture. What differs
-# between two X-rays of a knee (side, angle, distance) is varied in training: augmentation.
+# ---------------------------------------- input
+# Exposure says nothing about the joint, so `standardize` removes it. What differs between two X-rays
+# of a knee (side, angle, distance) is varied in training: augmentation.
 
 def standardize(images):
     """Turn greys from 0 to 255, (N, 1, S, S), into float of about mean 0 and deviation 1.
@@ -242,7 +227,7 @@ def standardize(images):
 
 def joint_rows(size):
     """Return the joint's rows in a picture of `size` rows, as a slice."""
-    return slice(int(JOINT[0] * size + 0.5), int(JOINT[1] * size + 0.5))
+    return slice(round(JOINT[0] * size), round(JOINT[1] * size))
 
 def crop(images, matrices):
     """Resample pictures (N, 1, S, S) to the joint's rows, float (N, 1, 4/7 S, S).
@@ -271,21 +256,20 @@ def augment(images, strength=1.0):
     return crop(images, matrices.view(-1, 2, 3))
 
 # Test-time augmentation (TTA): the picture as it is, smaller, larger, and moved 2.5 % toward each
-# corner. "As it is" means 1 % smaller: augmentation blurs pictures a little, and the network grades
-# equally blurred ones better (kappa .743 instead of .683 for networks that were trained on 578
-# pictures of OSAIL, at commit bd1c022).
+# corner. "As it is" is 1 % smaller: augmentation blurs pictures a little, and the network grades
+# equally blurred ones better (kappa .743 instead of .683, EXPERIMENTS.md).
 TTA = torch.tensor([[[scale, 0, right], [0, scale, down]] for scale, right, down in (
     (1.01, 0, 0), (1.05, 0, 0), (0.95, 0, 0), (1, 0.05, 0.05), (1, -0.05, 0.05), (1, 0.05, -0.05),
     (1, -0.05, -0.05))])  # (7, 2, 3)
 
-# ----------------------------------------------------------------------------------------- data set
+# ---------------------------------------- data set
 # Decoding a PNG takes longer than training on it. So each picture is decoded and standardized once,
 # and the subset stays in memory, on the GPU if there is one: 5,778 pictures take 580 MB.
 
 class KneeFolder(torch.utils.data.Dataset):
     """Hold standardized pictures as float16 (N, 1, S, S) and their grades as int64 (N,).
-    `dataset[index]` is (pictures as float32, grades) for an int, a slice or a tensor of numbers, so
-    a batch is one index. A DataLoader works too. Raise KneeError for unreadable pictures."""
+    `dataset[index]` is (pictures as float32, grades) for an int, a slice or a tensor of numbers: a
+    batch is one index. A DataLoader works too. Raise KneeError for unreadable pictures."""
 
     def __init__(self, folder, xrays=None, size=Config.size, device="cpu"):
         xrays = find_xrays(folder) if xrays is None else xrays
@@ -306,7 +290,7 @@ class KneeFolder(torch.utils.data.Dataset):
     def __getitem__(self, index):
         return self.images[index].float(), self.grades[index]
 
-# ------------------------------------------------------------------------------------------ network
+# ---------------------------------------- network
 # A radiologist looks for local signs: a narrow joint space, spurs at the margins (osteophytes),
 # bright bone under the joint (sclerosis). Convolutions find such signs wherever they are; pooling
 # forgets where exactly. A knee is nearly its own mirror image: the same filters read both halves.
@@ -341,21 +325,21 @@ class KneeNet(nn.Module):
     Shared filters for the two sides of a joint are from Tiulpin et al. (2018). Sum and absolute
     difference do not change when a picture is mirrored, so neither do the logits."""
 
-    def __init__(self, widths=Config.widths, dropout=Config.dropout):
+    def __init__(self, width=Config.width, dropout=Config.dropout):
         super().__init__()
-        layers = self.stage(1, widths[0], side=5, stride=2)
-        for before, width in zip(widths, widths[1:]):
-            layers += [*self.stage(before, width), Residual(width)]
+        layers = self.stage(1, width, side=5, stride=2)
+        for before, after in (width, 2 * width), (2 * width, 3 * width), (3 * width, 6 * width):
+            layers += [*self.stage(before, after), Residual(after)]
         self.features = nn.Sequential(*layers)
         self.dropout = nn.Dropout(dropout)
-        self.classifier = nn.Linear(2 * widths[-1], len(GRADES))
+        self.classifier = nn.Linear(2 * after, len(GRADES))
         self.to(memory_format=torch.channels_last)  # fastest for convolutions
 
     @staticmethod
-    def stage(before, width, side=3, stride=1):
+    def stage(before, after, side=3, stride=1):
         # Pool before batch norm and ReLU: they then touch a quarter of the pixels.
-        return [nn.Conv2d(before, width, side, stride, side // 2, bias=False),
-                nn.MaxPool2d(2, ceil_mode=True), nn.BatchNorm2d(width), nn.ReLU()]
+        return [nn.Conv2d(before, after, side, stride, side // 2, bias=False),
+                nn.MaxPool2d(2, ceil_mode=True), nn.BatchNorm2d(after), nn.ReLU()]
 
     @staticmethod
     def halves(x):
@@ -373,7 +357,7 @@ class KneeNet(nn.Module):
     def forward(self, x):
         return self.head(self.features(self.halves(x)))
 
-# ----------------------------------------------------------------------------------------- decision
+# ---------------------------------------- decision
 # Which grade to answer, and how good the answers are, are questions of their own. Accuracy alone
 # flatters: always answering grade 0 is right for four knees in ten.
 
@@ -384,8 +368,8 @@ PROBABILITIES = [f"p{grade}" for grade in range(len(GRADES))]
 
 def decide(probabilities):
     """Return the grades int64 (N,) of least expected cost (Bayes decision), from (N, 5).
-    If all errors cost the same, that is the most probable grade, which is seldom grade 1. If an
-    error costs its distance, it is the median: less often right, less far off. This is between."""
+    If all errors cost the same, it is the most probable grade, seldom grade 1. If an error costs
+    its distance, it is the median: less often right, less far off. This is between."""
     grade = torch.arange(len(GRADES), dtype=probabilities.dtype, device=probabilities.device)
     cost = (grade[:, None] - grade).abs() ** COST_POWER  # (5, 5): row = true grade, column = answer
     return (probabilities @ cost).argmin(1)
@@ -410,17 +394,18 @@ def metrics(confusion):
     return {"accuracy": correct.sum(-1) / n, "balanced_accuracy": np.nanmean(recall, -1),
             "kappa": kappa, "mae": (counts * distance).sum((-1, -2)) / n, "recall": recall}
 
-# -------------------------------------------------------------------------------------- checkpoints
+# ---------------------------------------- checkpoints
 # A stop or a full disk costs one epoch at most: files are replaced as a whole, and a run continues
-# from its last checkpoint. Skip this part at first reading.
+# from its last checkpoint. Skip this at first reading.
 
 def save(path, content):
-    """Write a checkpoint (.pt), figure (.png), rows (.csv) or JSON, as a whole or not at all."""
+    """Write a checkpoint (.pt), figure (.png), rows (.csv) or JSON, as a whole or not at all.
+    Raise KneeError if that is impossible."""
     file, text = io.BytesIO(), io.StringIO(newline="")
     if path.suffix == ".pt":
         torch.save(content, file)
     elif path.suffix == ".png":
-        content.savefig(file, format="png")
+        content.savefig(file)
     elif path.suffix == ".csv":
         csv.writer(text).writerows(content)
     else:
@@ -431,24 +416,23 @@ def save(path, content):
         part.write_bytes(file.getvalue())
         os.replace(part, path)  # all at once
     except OSError as error:
-        raise KneeError(f"{path}: {error.strerror}, check the space on the disk and who may write "
-                        "there, and close the file in other programs") from error
+        raise KneeError(f"{path}: {error.strerror}, check permissions and the space on the disk, "
+                        "or close the file in other programs") from error
     finally:
         part.unlink(missing_ok=True)
 
 def load_checkpoint(path, device="cpu"):
     """Return (checkpoint, its network). Raise KneeError if the file is missing or damaged."""
-    if not path.is_file():
-        raise KneeError(f"{path}: no such checkpoint, run train first or name another --run")
+    own = {"epoch"} if path.name == "best.pt" else {"history", "ema", "optimizer", "schedule"}
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)  # runs no code in it
-        own = ("epoch", "temperature") if path.name == "best.pt" else ("history", "ema", "schedule")
-        model = KneeNet(Config(**checkpoint["config"]).widths)
+        model = KneeNet(Config(**checkpoint["config"]).width)
         model.load_state_dict(checkpoint["model"])
         if not {"xrays", *own} <= checkpoint.keys():
             raise KeyError("a part is missing")
     except Exception as error:  # torch.load raises all kinds on foreign files
-        raise KneeError(f"{path}: damaged, or of another program, name another --run") from error
+        raise KneeError(f"{path}: missing, damaged or of another program, run train first or name "
+                        "another --run") from error
     return checkpoint, model.to(device).eval()
 
 def resume(run, origin, state):
@@ -458,11 +442,11 @@ def resume(run, origin, state):
     if not (run / "last.pt").exists():
         return []
     last, _ = load_checkpoint(run / "last.pt")
-    changed = [f"{name} was {as_text(value)}" for name, value in last["config"].items()
-               if value != origin["config"][name]]
-    if changed or last["xrays"] != origin["xrays"]:
-        changed = ", ".join(changed) or "the pictures or their split were others"
-        raise KneeError(f"{run}: was begun differently ({changed}), name another --run")
+    for name, value in last["config"].items():
+        if value != origin["config"][name]:
+            raise KneeError(f"{run}: was begun with {name} {value}, name another --run")
+    if last["xrays"] != origin["xrays"]:
+        raise KneeError(f"{run}: was begun with other pictures or split, name another --run")
     for name, part in state.items():
         part.load_state_dict(last[name])
     print(f"{run}: {len(last['history'])} epochs are done already; another --run begins anew")
@@ -470,18 +454,16 @@ def resume(run, origin, state):
 
 def mixed_precision(device):
     """Return a context in which convolutions run in bfloat16, where that is faster than float32."""
-    if device.type == "cpu":  # AMX is fast, and so is AVX-512 on AMD's CPUs, but not on Intel's:
-        # it was a third slower than float32. AMD's have AVX-512 BF16 without AVX-512 FP16.
+    fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu":  # with AMX; or AVX-512 BF16 of AMD's, which come without AVX-512 FP16
         has = getattr(torch.cpu, "get_capabilities", dict)().get
         fast = has("amx_bf16") or has("avx512_bf16") and not has("avx512_fp16")
-    else:
-        fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.autocast(device.type, torch.bfloat16, enabled=bool(fast))
 
-# ----------------------------------------------------------------------------------------- training
+# ---------------------------------------- training
 # Show a batch, measure the error, move each weight a little to where the error is smaller: that is
-# the loop of `train`. The rest keeps it honest: validation chooses the epoch, not the test subset.
-# Training accuracy is of augmented pictures, with dropout: it may be below that of validation.
+# the loop of `train`. Validation chooses the epoch, not the test subset. Training accuracy is of
+# augmented pictures, with dropout: it may be below that of validation.
 
 Epoch = namedtuple("Epoch", "epoch train_loss train_accuracy val_loss val_accuracy val_kappa lr "
                             "seconds")
@@ -503,20 +485,24 @@ def predict(model, images, views=TTA):
             logits.append(sum(model(x).float() for x in crops) / len(crops))  # (64, 5)
     return torch.cat(logits)
 
-def evaluate(model, dataset, labels):
-    """Return (loss, accuracy, kappa, temperature) on a subset. Raise KneeError if the loss is NaN.
-    Soft labels make the network underconfident, so its logits are divided by a temperature, mostly
-    below 1: the one with which they fit the grades best (temperature scaling, Guo et al., 2017)."""
+def validate(model, dataset, labels):
+    """Return ((loss, accuracy, kappa), calibrated weights). Raise KneeError if the loss is NaN.
+    Soft labels make the network underconfident. So its logits are divided by a temperature, the one
+    with which they fit the grades best (temperature scaling, Guo et al., 2017). Dividing the last
+    layer once does the same, and nobody can forget it."""
     logits, grades = predict(model, dataset.images, TTA[:1]), dataset.grades
     loss = F.cross_entropy(logits, labels[grades]).item()
     if not np.isfinite(loss):
         raise KneeError("the loss is NaN, try a lower --lr and another --run")
     temperature = min(np.arange(0.3, 2, 0.02).tolist(),
                       key=lambda t: F.cross_entropy(logits / t, grades).item())
+    weights = model.state_dict()
+    for name in "classifier.weight", "classifier.bias":
+        weights[name] = weights[name] / temperature
     answers = decide((logits / temperature).softmax(1))
     scores = metrics(confusion_matrix(grades.cpu(), answers.cpu()))
     kappa = np.nan_to_num(scores["kappa"]).item()  # undefined if all have one grade
-    return loss, scores["accuracy"].item(), kappa, temperature
+    return (loss, scores["accuracy"].item(), kappa), weights
 
 @torch.no_grad()
 def update_ema(ema, model, step):
@@ -532,7 +518,7 @@ def train(train_set, val_set, config, run):
     begun with other settings or pictures, or if the loss is NaN."""
     n, device, run = len(train_set), train_set.images.device, Path(run)
     torch.manual_seed(config.seed)  # initial weights
-    model, ema = (KneeNet(config.widths, config.dropout).to(device) for _ in range(2))
+    model, ema = (KneeNet(config.width, config.dropout).to(device) for _ in range(2))
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=config.weight_decay, fused=True)
     batch = min(config.batch, max(8, n // 75), n)  # small sets take more steps; more epochs overfit
     steps = n // batch  # the last, incomplete batch is dropped
@@ -562,22 +548,21 @@ def train(train_set, val_set, config, run):
             correct = decide(logits.detach().softmax(1)) == grades
             sums += torch.stack((loss.detach(), correct.float().mean()))
         means, seconds = (sums / steps).tolist(), time.perf_counter() - start
-        *scores, temperature = evaluate(ema, val_set, labels)
+        scores, weights = validate(ema, val_set, labels)
         history.append(Epoch(epoch, *means, *scores, schedule.get_last_lr()[0], seconds))
         left = tqdm.format_interval((config.epochs - epoch) * (time.perf_counter() - start))
         print("{}: loss {:.3f} acc {:.3f} | val acc {:.3f} kappa {:.3f} | {} left".format(
             title, *means, *scores[1:], left), flush=True)
         # The best epoch has the highest kappa on the validation subset; of equals, the lowest loss.
         if history[-1] is max(history, key=lambda row: (row.val_kappa, -row.val_loss)):
-            best = {"epoch": epoch, "temperature": temperature, "model": ema.state_dict()}
-            save(run / "best.pt", origin | best)
+            save(run / "best.pt", origin | {"epoch": epoch, "model": weights})
         save(run / "history.csv", [Epoch._fields, *history])
         # Written last: a run that stops before this line repeats the epoch, with the same bits.
         parts = {name: part.state_dict() for name, part in state.items()}
         save(run / "last.pt", origin | parts | {"history": [tuple(row) for row in history]})
     return history
 
-# ------------------------------------------------------------------------------------------ testing
+# ---------------------------------------- testing
 # Once, after training, with the epoch that validation chose.
 
 def bootstrap(true, predicted, patients, draws=2000):
@@ -591,17 +576,8 @@ def bootstrap(true, predicted, patients, draws=2000):
     scores = metrics(np.tensordot(drawn, counts, 1))
     return {name: np.percentile(scores[name], (2.5, 97.5)).tolist() for name in METRICS}
 
-def grade_pictures(checkpoint, model, dataset):
-    """Return (grades, probabilities), arrays (N,) and (N, 5): by TTA, and calibrated with the
-    temperature that validation chose."""
-    logits = predict(model, dataset.images) / checkpoint["temperature"]
-    probabilities = logits.softmax(1).cpu()
-    return decide(probabilities).numpy(), probabilities.numpy()
-
 def fit(args, folder):
-    """Train into a folder on the split of a run, made if it is missing. Return the history."""
-    if not (args.run / "split.csv").exists():
-        command_split(args)
+    """Train into a folder on the split of a run. Return the history."""
     xrays, size = read_split(args), args.config.size
     train_set, val_set = (KneeFolder(args.data, [x for x in xrays if x.subset == subset], size,
                                      args.device) for subset in ("train", "val"))
@@ -615,27 +591,26 @@ def command_evaluate(args):
     Evaluate val if there is no test subset, or while training is unfinished. Return (metrics, rows
     of predictions.csv, network)."""
     checkpoint, model = load_checkpoint(args.run / "best.pt", args.device)
-    data, names = args.data, ("metrics.json", "predictions.csv")
     if args.external:
-        data, subset, stem = args.external, "external", f"external_{args.external.resolve().name}"
-        names = f"{stem}.json", f"{stem}.csv"
-        xrays, notes = inspect_xrays(data, find_xrays(data, args.patients))
-        for note in notes:
-            print(note[:79])
+        data, subset = args.external, "external"
+        names = [f"external_{data.resolve().name}{suffix}" for suffix in (".json", ".csv")]
+        xrays, _ = inspect_xrays(data, find_xrays(data, args.patients))
     else:
-        xrays, last = read_split(args), load_checkpoint(args.run / "last.pt")[0]
+        data, names, xrays = args.data, ("metrics.json", "predictions.csv"), read_split(args)
+        last, _ = load_checkpoint(args.run / "last.pt")
         finished = len(last["history"]) == last["config"]["epochs"]
-        subset = "test" if finished and "test" in {x.subset for x in xrays} else "val"
+        subset = "test" if finished and any(x.subset == "test" for x in xrays) else "val"
         xrays = [x for x in xrays if x.subset == subset]
     dataset = KneeFolder(data, xrays, checkpoint["config"]["size"], args.device)
     used = [Xray(*x) for x in checkpoint["xrays"]]  # for training and validation
     known = {x.digest for x in used} | {x.patient for x in used if x.patient != x.path}
     seen = [x.path for x in dataset.xrays if x.digest in known or x.patient in known]
-    if seen and subset == "external":
+    if seen and subset != "val":
         raise KneeError(f"{data}: {len(seen)} of its pictures or their patients were in training "
                         f"({seen[0]}), name other data")
     true = dataset.grades.cpu().numpy()
-    predicted, probabilities = grade_pictures(checkpoint, model, dataset)
+    probabilities = predict(model, dataset.images).softmax(1).cpu()
+    predicted = decide(probabilities).numpy()
     confusion = confusion_matrix(true, predicted)
     usual = Counter(x.grade for x in used if x.subset == "train").most_common(1)[0][0]
     scores = {name: score.tolist() for name, score in metrics(confusion).items()}
@@ -644,7 +619,7 @@ def command_evaluate(args):
               "parameters": sum(p.numel() for p in model.parameters()), "intervals": intervals,
               "majority_accuracy": (true == usual).mean().item(), "confusion": confusion.tolist()}
     rows = [(x.path, x.grade, answer, *(f"{p:.4f}" for p in own))
-            for x, answer, own in zip(xrays, predicted.tolist(), probabilities)]
+            for x, answer, own in zip(xrays, predicted.tolist(), probabilities.tolist())]
     save(args.run / names[0], result)
     save(args.run / names[1], [("path", "grade", "predicted", *PROBABILITIES), *rows])
     print(f"\n{subset} subset: {len(xrays)} pictures, by the network of epoch {result['epoch']}")
@@ -660,7 +635,7 @@ def command_evaluate(args):
     return result, rows, model
 
 # The lesson ends here; the rest is support code.
-# ------------------------------------------------------------------------------------------ looking
+# ---------------------------------------- looking
 # A heat map shows which part of a picture spoke for its grade. That should be the joint: where it
 # is a letter or a screw, the network has learned something else.
 
@@ -726,27 +701,23 @@ def command_plot(args):
     save(args.run / "report.png", figure)
     print(f"\ndrawn: {args.run / 'report.png'}")
 
-# -------------------------------------------------------------------------------- files and machine
+# ---------------------------------------- files and machine
 
 HIDDEN = (".", "@", "__MACOSX")  # so begin the names of thumbnails and the like
 GRADE_WORDS = {"normal": 0, "mild": 2} | {name: grade for grade, name in enumerate(GRADES)}
 SUBSET_WORDS = {"training": "train", "valid": "val", "validation": "val"} | {s: s for s in SUBSETS}
 
-def grade_of(name):
-    """Return the grade that a folder's name tells (3, 3Mild, KL3, grade_3, moderate), or None."""
-    number = re.match(r"(?:(?:kl|grade|class)[ _-]*)*(\d+)", name, re.I)
-    grade = int(number[1]) if number else GRADE_WORDS.get(name.lower())
-    return grade if grade in range(len(GRADES)) else None
-
 def place_of(folders):
-    """Return (folder of the data set, subset, grade) that the folders of a file tell, such as
-    ("kneeKL224", "train", 3) for kneeKL224/train/3; grade None if none of them tells it."""
+    """Return (data set, subset, grade) that the folders of a file tell: for kneeKL224/train/3,
+    ("kneeKL224", "train", 3). 3Mild, KL3, grade_3 and moderate are grade 3; None if none tells it.
+    """
     for i, name in enumerate(folders):
-        grade = grade_of(name)
-        if grade is not None:
+        number = re.match(r"(?:(?:kl|grade|class)[ _-]*)*(\d+)", name, re.I)
+        grade = int(number[1]) if number else GRADE_WORDS.get(name.lower())
+        if grade in range(len(GRADES)):
             subset = SUBSET_WORDS.get(folders[i - 1].lower(), "") if i else ""
             return "/".join(folders[: i - bool(subset)]), subset, grade
-    return "/".join(folders), "", None
+    return "", "", None
 
 def files_below(folder):
     """Return the files below a folder but hidden ones, sorted; symbolic links are followed."""
@@ -757,19 +728,20 @@ def files_below(folder):
     return sorted(files)
 
 def inspect_xrays(folder, xrays):
-    """Return (xrays without duplicates, notes that count and name duplicates and odd pictures).
+    """Return (xrays without duplicates, notes), and print the notes: duplicates and odd pictures.
     Of duplicates, keep the one whose name tells the patient; none if their grades differ, since one
     grade is wrong and nothing says which. Raise KneeError if one is in two subsets."""
     def look(xray):
-        grey = read_grey(Path(folder, xray.path))
-        digest = hashlib.sha256(repr(grey.shape).encode() + grey.tobytes()).hexdigest()
-        return digest, is_negative(grey), grey.shape[1] > WIDE * grey.shape[0], np.ptp(grey) == 0
+        grey, negative = read_grey(Path(folder, xray.path))
+        odd = {"negative, bone dark: turned": negative, "of one grey all over": np.ptp(grey) == 0,
+               "very wide: of both knees?": grey.shape[1] > WIDE * grey.shape[0]}
+        digest = hashlib.sha256(repr(grey.shape).encode() + grey.tobytes()).digest()
+        return digest, [kind for kind, found in odd.items() if found]
 
     equals, named, kept = defaultdict(list), defaultdict(list), []
-    odd = "negative, bone dark: turned", "very wide: of both knees?", "of one grey all over"
-    for xray, (digest, *flags) in zip(xrays, on_all_cores(look, xrays, "inspect")):
+    for xray, (digest, odd) in zip(xrays, on_all_cores(look, xrays, "inspect")):
         equals[digest].append(xray)
-        for kind in itertools.compress(odd, flags):
+        for kind in odd:
             named[kind].append(xray)
     places = [(equal[0].path, x.subset) for equal in equals.values() for x in equal]
     check_leakage(folder, "pictures", places)
@@ -782,8 +754,11 @@ def inspect_xrays(folder, xrays):
         else:
             named["equal, but of several grades"] += equal
     named["of unknown patient, each taken for one"] = [x for x in kept if x.patient == x.path]
-    return sorted(kept), [f"{len(some)} {kind}: {', '.join(x.path for x in some)}"
-                          for kind, some in named.items() if some]
+    notes = [f"{len(some)} {kind}: {', '.join(x.path for x in some)}"
+             for kind, some in named.items() if some]
+    for note in notes:
+        print(note[:79])  # notes.json has all the names
+    return sorted(kept), notes
 
 def on_all_cores(function, items, title):
     """Return [function(item) for item in items], by threads. Raise one KneeError for all errors."""
@@ -801,20 +776,13 @@ def on_all_cores(function, items, title):
     return results
 
 def read_csv(path, *columns):
-    """Return the rows of a CSV file as dictionaries. Raise KneeError if a column is missing."""
+    """Return these columns of a CSV file, a tuple for each row. Raise KneeError if one is missing.
+    """
     try:  # utf-8-sig: Excel begins a file with a byte order mark
         with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
-            rows = list(csv.DictReader(file))
-        if not rows or None in (row.get(column) for row in rows for column in columns):
-            raise ValueError("a column is missing")
-        return rows
-    except (ValueError, csv.Error) as error:
-        raise KneeError(f"{path}: no table of {','.join(columns)} ({error}), mend it") from error
-
-def read_patients(path):
-    """Return {file name: patient} of a CSV file image,patient; {} for None."""
-    rows = read_csv(path, "image", "patient") if path else []
-    return {row["image"]: row["patient"].strip() for row in rows}
+            return [tuple(row[name] for name in columns) for row in csv.DictReader(file)]
+    except (KeyError, csv.Error) as error:
+        raise KneeError(f"{path}: no table of {','.join(columns)}, mend it") from error
 
 def pick_device(name):
     """Return the torch.device of --device, or raise KneeError. Use a container's share of cores."""
@@ -830,7 +798,7 @@ def pick_device(name):
     except (RuntimeError, AssertionError) as error:
         raise KneeError(f"--device {name}: not on this machine, use --device auto") from error
 
-# ---------------------------------------------------------------------------------------- phantoms
+# ---------------------------------------- phantoms
 # Drawn knees of known grade, so that all of this runs without a download. They are no medical data,
 # and no result on them is a medical result. There is nothing to learn here about networks.
 
@@ -884,9 +852,9 @@ def draw_phantom(severity, patient, knee, size=224):
     image = Image.fromarray(np.uint8(255 * grey.clip(0, 1)))
     return np.asarray(image.filter(ImageFilter.GaussianBlur(vary(0.3, 0.9))))
 
-def make_phantoms(folder, count=1000, seed=0):
-    """Draw phantoms into folder/0 ... folder/4, a left and a right knee of each patient.
-    Raise KneeError if the folder is there already, or if `count` is too small to be split."""
+def command_phantoms(args):
+    """Draw X-rays of known grade, which are no medical data, into a folder."""
+    folder, count = args.data, args.count
     if count < 60:
         raise KneeError(f"--count {count}: too few to be split by patient, draw 60 or more")
     if folder.exists():
@@ -894,9 +862,10 @@ def make_phantoms(folder, count=1000, seed=0):
     part = folder.with_name(f"{folder.name}.{os.getpid()}.part")  # renamed when all are drawn
     usual = (0, 1, 2, 3, 0, 2, 4, 1, 0, 3, 2, 4, 0, 1, 3, 2, 0, 4)  # of one patient after another
 
-    def draw(i):
+    def draw(i):  # a left and a right knee of each patient
         number, left = divmod(i, 2)
-        patient, knee = (np.random.default_rng((seed, number, own)) for own in (0, 1 + left))
+        patient, knee = (np.random.default_rng((args.config.seed, number, own))
+                         for own in (0, 1 + left))
         severity = usual[number % len(usual)] + patient.uniform(-0.5, 0.5) + knee.normal(0, 0.35)
         severity = min(max(severity, -0.49), 4.49)
         grey = draw_phantom(severity, patient, knee)
@@ -907,7 +876,7 @@ def make_phantoms(folder, count=1000, seed=0):
     on_all_cores(draw, range(count), "draw")
     part.replace(folder)
 
-# ---------------------------------------------------------------------------------------- commands
+# ---------------------------------------- commands
 # Each takes the parsed command line: data, run, patients, device, and config (the settings).
 
 def print_table(*rows):
@@ -923,13 +892,11 @@ def command_split(args):
         raise KneeError(f"{args.run}: was trained with its split already, name another --run")
     if args.data == Path("phantoms") and not args.data.exists():
         print("no folder data, no --data: drawing 1000 phantoms, which are no medical data")
-        make_phantoms(args.data)
+        command_phantoms(parse(["phantoms"]))
     xrays, notes = make_split(args.data, args.config.seed, args.patients)
     args.run.mkdir(parents=True, exist_ok=True)
     save(args.run / "split.csv", [Xray._fields[:4], *(x[:4] for x in xrays)])
-    save(args.run / "notes.json", notes)  # with all the names, which the screen cuts off
-    for note in notes:
-        print(note[:79])
+    save(args.run / "notes.json", notes)
     rows = [("grade: pictures (patients)", *SUBSETS)]
     for grade in (*range(len(GRADES)), "all"):
         some = [[x for x in xrays if x.subset == s and grade in (x.grade, "all")] for s in SUBSETS]
@@ -937,19 +904,20 @@ def command_split(args):
     print_table(*rows)
 
 def read_split(args):
-    """Return the xrays of RUN/split.csv. Raise KneeError if it is damaged or of other data."""
-    path, patients = args.run / "split.csv", read_patients(args.patients)
-    xrays = [Xray(row["path"], grade_of(row["grade"]), row["patient"], row["subset"])
-             for row in read_csv(path, *Xray._fields[:4])]
-    if not {"train", "val"} <= {x.subset for x in xrays}:
-        raise KneeError(f"{path}: has no train or no val, remove it and run split again")
-    check_leakage(path, "patients", [(x.patient, x.subset) for x in xrays])
+    """Return the xrays of RUN/split.csv, which is made if it is missing. Raise KneeError if it is
+    damaged or of other data."""
+    path, grades = args.run / "split.csv", {str(grade): grade for grade in range(len(GRADES))}
+    if not path.exists():
+        command_split(args)
+    xrays = [Xray(file, grades.get(grade), patient, subset) for file, grade, patient, subset
+             in read_csv(path, *Xray._fields[:4])]
     for x in xrays:
         if x.subset not in SUBSETS or x.grade is None or not (args.data / x.path).is_file():
             raise KneeError(f"{path}: {x.path} is not in {args.data}, or its grade or subset is "
                             "wrong, name its folder with --data or another --run")
-        if x.patient != patients.get(Path(x.path).name, x.patient):
-            raise KneeError(f"{path}: was made without {args.patients}, run split again with it")
+    if not {"train", "val"} <= {x.subset for x in xrays}:
+        raise KneeError(f"{path}: has no train or no val, remove it and run split again")
+    check_leakage(path, "patients", [(x.patient, x.subset) for x in xrays])
     return xrays
 
 def command_train(args):
@@ -962,31 +930,26 @@ def command_predict(args):
     """Print the grade of pictures and the probability of each grade; --heatmap draws them."""
     paths = []
     for path in args.images:
-        if path.is_dir():
-            paths += [file for file in files_below(path) if file.suffix.lower() in SUFFIXES]
-        else:  # Windows leaves a pattern such as *.png as it is
-            found = [f for f in path.parent.glob(path.name) if not f.name.startswith(HIDDEN)]
-            paths += [path] if path.exists() else sorted(found) or [path]
-    if not paths:
-        raise KneeError(f"{args.images[0]}: has no pictures in it, name another folder")
+        below = files_below(path) if path.is_dir() else []
+        paths += [file for file in below if file.suffix.lower() in SUFFIXES] or [path]
     if args.heatmap and (args.heatmap.suffix != ".png" or len(paths) > 300):
         raise KneeError(f"--heatmap {args.heatmap}: must end in .png and show at most 300 pictures")
     checkpoint, model = load_checkpoint(args.run / "best.pt", args.device)
-    xrays = [Xray(str(path), 0, "") for path in paths]
-    for note in inspect_xrays("", xrays)[1]:
-        print(note[:79])
-    dataset = KneeFolder("", xrays, checkpoint["config"]["size"], args.device)
-    grades, probabilities = grade_pictures(checkpoint, model, dataset)
+    xrays, size = [Xray(str(path), 0, "") for path in paths], checkpoint["config"]["size"]
+    inspect_xrays("", xrays)
+    dataset = KneeFolder("", xrays, size, args.device)
+    probabilities = predict(model, dataset.images).softmax(1).cpu()
+    grades = decide(probabilities).tolist()
     print_table(("file", "grade", "name", *PROBABILITIES), *(
         (path, answer, GRADES[answer], *(f"{p:.3f}" for p in own))
-        for path, answer, own in zip(paths, grades, probabilities)))
+        for path, answer, own in zip(paths, grades, probabilities.tolist())))
     print(f"graded by {args.run / 'best.pt'}; --run names another", file=sys.stderr)
     if args.heatmap:
         columns = min(3, len(paths))
-        size = (6.4 * columns, 3.6 * -(-len(paths) // columns))
-        figure = Figure(figsize=size, layout="constrained", dpi=110)
+        figsize = 6.4 * columns, 3.6 * -(-len(paths) // columns)
+        figure = Figure(figsize=figsize, layout="constrained", dpi=110)
         pictures = [(path, path.name, answer) for path, answer in zip(paths, grades)]
-        draw_pairs(figure, model, checkpoint["config"]["size"], pictures, columns)
+        draw_pairs(figure, model, size, pictures, columns)
         save(args.heatmap, figure)
 
 def command_tune(args):
@@ -996,69 +959,55 @@ def command_tune(args):
         grid |= {"lr": [1.5e-3, 3e-3, 6e-3], "epochs": [8]}
     head = (*grid, "epoch", "val_loss", "val_accuracy", "val_kappa")
     for values in itertools.product(*grid.values()):
-        args.config, words = Config(*values), [as_text(value) for value in values]
-        folder = args.run / "tune" / "_".join(words)
+        args.config = Config(*values)
+        folder = args.run / "tune" / "_".join(map(str, values))
         history = fit(args, folder)
         best = history[load_checkpoint(folder / "best.pt")[0]["epoch"] - 1]
-        rows.append((*words, best.epoch, *(f"{score:.4g}" for score in best[3:6])))
+        rows.append((*values, best.epoch, *(f"{score:.4g}" for score in best[3:6])))
         save(args.run / "tune.csv", [head, *rows])
     rows.sort(key=lambda row: float(row[-1]), reverse=True)
     tried = [i for i, values in enumerate(grid.values()) if len(values) > 1]
     print_table(*([row[i] for i in tried] + list(row[-4:]) for row in (head, *rows)))
-    words = [f"--{name.replace('_', '-')} {word}" for name, word in zip(grid, rows[0])
-             if name != "epochs" and word != as_text(getattr(Config, name))]
+    words = [f"--{head[i].replace('_', '-')} {rows[0][i]}" for i in tried if head[i] != "epochs"]
     print(f'\nthe best in full:\npython kneeoa.py train --data "{args.data}" '
           f'--run "{args.run}-best"', *words)
-
-def command_phantoms(args):
-    """Draw X-rays of known grade, which are no medical data, into a folder."""
-    make_phantoms(args.data, args.count, args.config.seed)
 
 COMMANDS = {"split": command_split, "train": command_train, "evaluate": command_evaluate,
             "plot": command_plot, "predict": command_predict, "tune": command_tune,
             "phantoms": command_phantoms}
 
-OPTIONS = {
-    "--data": "the X-rays (the folder data, else phantoms)",
-    "--run": "what a run leaves (runs/ and the name of the data)",
-    "--patients": "CSV file image,patient (osail_patients.csv)",
-    "--external": "for evaluate: another data set, as a whole",
-    "--heatmap": "for predict: draw heat maps into this PNG file",
-}
+OPTIONS = {"--data": "the X-rays (the folder data, else phantoms)",
+           "--run": "what a run leaves (runs/ and the name of the data)",
+           "--patients": "CSV file image,patient (osail_patients.csv)",
+           "--external": "for evaluate: another data set, as a whole",
+           "--heatmap": "for predict: draw heat maps into this PNG file"}
 
 def parse(argv):
     """Return the parsed command line. Raise KneeError if it makes no sense."""
-    class Parser(argparse.ArgumentParser):
-        def error(self, message):  # argparse prints its usage first, in which the one line drowns
-            raise KneeError(f"{message}; see python kneeoa.py --help")
+    def fail(message):  # argparse would print its usage, too, in which the one line drowns
+        raise KneeError(f"{message}; see python kneeoa.py --help")
 
-    def widths(text):
-        return tuple(int(width) for width in text.split(","))
-
-    general, settings = Parser(add_help=False), Parser(add_help=False)
-    for option, meaning in OPTIONS.items():
-        general.add_argument(option, type=Path, help=meaning)
-    general.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps")
-    for f in fields(Config):
-        kind = widths if f.name == "widths" else type(f.default)
-        settings.add_argument(f"--{f.name.replace('_', '-')}", type=kind, nargs="+",
-                              default=[f.default], help=f"{f.metadata['meaning']} ({f.default})")
-    settings.add_argument("--count", type=int, default=1000, help="for phantoms: how many (1000)")
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = fail
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, function in COMMANDS.items():
-        reads_run = name in ("evaluate", "plot", "predict")  # whose settings are in its checkpoint
-        parents = [general] if reads_run else [general, settings]
-        command = commands.add_parser(name, parents=parents, help=function.__doc__.splitlines()[0],
+        command = commands.add_parser(name, help=function.__doc__.splitlines()[0],
                                       description=function.__doc__)
+        command.error = fail
         if name == "predict":
             command.add_argument("images", type=Path, nargs="+", help="files or folders")
+        for option, meaning in OPTIONS.items():
+            command.add_argument(option, type=Path, help=meaning)
+        command.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps")
+        command.add_argument("--count", type=int, default=1000, help="for phantoms: how many")
+        for f in fields(Config) if name not in ("evaluate", "plot", "predict") else ():
+            command.add_argument(f"--{f.name.replace('_', '-')}", type=f.type, default=[f.default],
+                                 nargs="+" if name == "tune" else 1,
+                                 help=f"{f.metadata['meaning']} ({f.default})")
     args = parser.parse_args(argv)
     args.grid = {f.name: getattr(args, f.name, [f.default]) for f in fields(Config)}
-    for name, values in args.grid.items():
-        if len(values) > 1 and args.command != "tune":
-            raise KneeError(f"--{name}: takes one value; tune takes several")
-    args.config = Config(**{name: values[0] for name, values in args.grid.items()})
+    args.config = Config(*(values[0] for values in args.grid.values()))
     own = Path("data").is_dir() and args.command != "phantoms"
     args.data = (args.data or Path("data" if own else "phantoms")).expanduser()
     args.run = (args.run or Path("runs", args.data.resolve().name)).expanduser()
@@ -1066,8 +1015,6 @@ def parse(argv):
 
 def main(argv=None):
     """Run a command line. Return the exit status: 0, 2 after a user's mistake, 130 after Ctrl-C."""
-    sys.stdout = sys.stdout or open(os.devnull, "w")  # pythonw has none
-    sys.stderr = sys.stderr or sys.stdout
     if hasattr(sys.stdout, "reconfigure"):  # letters that the terminal lacks
         sys.stdout.reconfigure(errors="backslashreplace")
     try:

@@ -31,14 +31,14 @@ from kneeoa import Config, KneeError, KneeFolder, KneeNet, Xray
 
 pytestmark = pytest.mark.filterwarnings("error", "ignore::ResourceWarning")  # a user should see none
 PROGRAM = Path(kneeoa.__file__)
-SMALL = ["--size", "64", "--widths", "8,16", "--epochs", "4", "--batch", "16", "--lr", "0.02"]
-TINY = dict(size=64, widths=(8, 16))
+SMALL = ["--size", "64", "--width", "8", "--epochs", "4", "--batch", "16", "--lr", "0.02"]
+TINY = dict(size=64, width=8)
 
 
 @pytest.fixture(scope="session")
 def phantoms(tmp_path_factory):
     folder = tmp_path_factory.mktemp("all") / "phantoms"
-    kneeoa.make_phantoms(folder, 90)
+    assert run("phantoms", "--data", folder, "--count", 90) == 0
     return folder
 
 
@@ -53,7 +53,7 @@ def trained(phantoms):
 def learned(phantoms):
     """A network that a few seconds of training taught to grade phantoms."""
     dataset, folder = KneeFolder(phantoms, size=128), phantoms.parent / "learned"
-    kneeoa.train(dataset, dataset, Config(size=128, widths=(16, 32, 64), epochs=14, batch=15), folder)
+    kneeoa.train(dataset, dataset, Config(size=128, width=16, epochs=14, batch=15), folder)
     return kneeoa.load_checkpoint(folder / "best.pt")[1]
 
 
@@ -109,9 +109,9 @@ def unfinished(trained, folder):
     return folder
 
 
-def answers(model, dataset, temperature=1):
+def answers(model, dataset):
     """Return the grades without test-time augmentation."""
-    return kneeoa.decide((kneeoa.predict(model, dataset.images, kneeoa.TTA[:1]) / temperature).softmax(1))
+    return kneeoa.decide(kneeoa.predict(model, dataset.images, kneeoa.TTA[:1]).softmax(1))
 
 
 def same_bits(one, other, files=("metrics.json", "predictions.csv", "split.csv")):
@@ -145,15 +145,6 @@ def test_a_16_bit_picture_is_scaled_by_its_own_range(low, high, tmp_path):
     assert np.abs(kneeoa.read_xray(tmp_path / "deep.png", 50)[1:].astype(int) - TENT[1:]).max() <= 1
 
 
-def test_a_16_bit_tiff_whose_tag_says_white_is_zero_is_turned(tmp_path):
-    falling = np.tile(np.linspace(60000, 0, 50).astype(np.uint16)[:, None], (1, 50))  # no side is bright
-    Image.fromarray(falling).save(tmp_path / "scan.tif")
-    tag, data = b"\x06\x01\x03\x00\x01\x00\x00\x00", (tmp_path / "scan.tif").read_bytes()
-    (tmp_path / "scan.tif").write_bytes(data.replace(tag + b"\x01", tag + b"\x00"))
-    read = kneeoa.read_xray(tmp_path / "scan.tif", 50)[:, 20].astype(int)
-    assert read[0] == 0 and read[-1] == 255 and (np.diff(read) >= 0).all()
-
-
 @pytest.mark.parametrize("height, width", [(40, 70), (70, 40)])
 def test_of_a_picture_that_is_not_square_the_middle_square_is_read(height, width, tmp_path):
     grey = np.random.default_rng(0).integers(0, 100, (height, width))
@@ -181,13 +172,6 @@ def test_negatives_wide_and_grey_pictures_are_counted(words, trained, tmp_path, 
     out = capsys.readouterr().out
     for told in (r"1 negative.*dark\.png", r"1 very wide.*both\.png", r"1 of one grey.*blank\.png"):
         assert re.search(f"^{told}", out, re.MULTILINE), told
-
-
-@pytest.mark.parametrize("name", ["knee.dcm", "knee.png", "knee"])
-def test_a_dicom_file_is_refused_under_any_suffix(name, tmp_path):
-    (tmp_path / name).write_bytes(bytes(128) + b"DICM" + bytes(500))
-    with pytest.raises(KneeError, match=f"{name}.*DICOM.*PNG"):
-        kneeoa.read_xray(tmp_path / name, 64)
 
 
 # ------------------------------------------------------------------------- folders, layouts and patients
@@ -269,19 +253,19 @@ def test_the_split_depends_on_names_and_seed_and_not_on_the_order_of_files(many)
 @pytest.mark.parametrize("subsets, told", [
     ("train val test", "train, val, test as the folders give them"), ("Train Valid TEST", "train, val, test"),
     ("training validation Test", "train, val, test"), ("train val", "no folder test")])
-def test_a_split_that_the_folders_give_is_kept_and_told(subsets, told, tmp_path):
+def test_a_split_that_the_folders_give_is_kept_and_told(subsets, told, tmp_path, capsys):
     subset_of = dict(zip(subsets.split(), ("train", "val", "test")))
     for i, name in enumerate(subset_of):
         folder_of(tmp_path, knees(2, f"{name}/", 100 * i))
-    split, notes = kneeoa.make_split(tmp_path, 0)
-    assert any(told in note for note in notes) and len(split) == 20 * len(subset_of)
+    split, _ = kneeoa.make_split(tmp_path, 0)
+    assert told in capsys.readouterr().out and len(split) == 20 * len(subset_of)
     assert all(x.subset == subset_of[x.path.split("/")[0]] for x in split)
 
 
-def test_without_val_it_is_taken_from_train_by_patient_and_test_is_kept(tmp_path):
+def test_without_val_it_is_taken_from_train_by_patient_and_test_is_kept(tmp_path, capsys):
     folder_of(tmp_path, knees(20, "train/") + knees(2, "test/", 100))
-    split, notes = kneeoa.make_split(tmp_path, 0)
-    assert any("no folder val" in note for note in notes)
+    split, _ = kneeoa.make_split(tmp_path, 0)
+    assert "no folder val" in capsys.readouterr().out
     assert all((x.subset == "test") == x.path.startswith("test/") for x in split)
     assert len({(x.patient, x.subset) for x in split}) == 110
     assert Counter(x.grade for x in split if x.subset == "val") == dict.fromkeys(range(5), 6)  # 15 % of 40
@@ -299,7 +283,7 @@ def test_pictures_in_two_given_subsets_are_refused_and_counted(name, tmp_path):
 @pytest.mark.parametrize("names, told", [
     ([], "0 data sets with folders 0 to 4.*nothing"), (["left/x.png", "right/x.png"], "left, right"),
     ([f"{g}/x.png" for g in (0, 1, 2)], r"grades \[3, 4\].*GRADES"),
-    (knees(2, "A/train/") + knees(2, "A/val/", 100) + knees(4, "B/"), "2 data sets.*A, B"),
+    (knees(2, "A/train/") + knees(2, "B/train/", 100), "2 data sets.*A, B"),
     (knees(3, "train/") + knees(3, "val/", 2), "5 patients are in two subsets"),
     ([name for name in knees(4) if name < "4/5002"], "grade 4: 2 patients"),
 ], ids=["empty", "foreign", "fewer grades", "several", "patient twice", "few patients"])
@@ -471,8 +455,7 @@ def test_the_best_epoch_is_the_one_of_highest_validation_kappa(phantoms, tmp_pat
     kappas = [epoch.val_kappa for epoch in history]
     best, model = kneeoa.load_checkpoint(tmp_path / "best.pt")
     assert kappas[best["epoch"] - 1] == max(kappas) > min(kappas)
-    graded = answers(model, val_set, best["temperature"])
-    scores = kneeoa.metrics(kneeoa.confusion_matrix(val_set.grades, graded))
+    scores = kneeoa.metrics(kneeoa.confusion_matrix(val_set.grades, answers(model, val_set)))
     assert scores["kappa"] == pytest.approx(max(kappas))  # the weights are those of that epoch
 
 
@@ -507,16 +490,18 @@ def test_a_soft_label_gives_less_to_a_grade_the_farther_away_it_is():
 def test_the_temperature_makes_the_probabilities_honest(temperature):
     greys, slopes = 3 * torch.randn(4000, 1), torch.linspace(-2, 2, 5)
     grades = torch.multinomial((greys * slopes).softmax(1), 1)[:, 0]
-    model = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(1, 5))
-    model[2].weight.data, model[2].bias.data = temperature * slopes[:, None], torch.zeros(5)
+    model = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
+    model.add_module("classifier", torch.nn.Linear(1, 5))
+    model.classifier.weight.data, model.classifier.bias.data = temperature * slopes[:, None], torch.zeros(5)
     dataset = SimpleNamespace(images=greys[:, :, None, None].expand(4000, 1, 8, 8), grades=grades)
-    assert kneeoa.evaluate(model, dataset, kneeoa.soft_labels(0.5))[-1] == pytest.approx(temperature, rel=0.1)
+    calibrated = kneeoa.validate(model, dataset, kneeoa.soft_labels(0.5))[1]["classifier.weight"]
+    assert torch.allclose(calibrated[:, 0], slopes, rtol=0.1)
 
 
 def test_a_tiny_set_is_overfit(phantoms, tmp_path):
     xrays = kneeoa.find_xrays(phantoms)
     dataset = KneeFolder(phantoms, [next(x for x in xrays if x.grade == g) for g in range(5)] * 2, 64)
-    config = Config(size=64, widths=(16, 32), epochs=40, batch=10, dropout=0.0, augment=0.0, lr=5e-3)
+    config = Config(size=64, width=16, epochs=60, batch=10, dropout=0.0, augment=0.0, lr=5e-3)
     kneeoa.train(dataset, dataset, config, str(tmp_path))  # the name of a folder will do
     model = kneeoa.load_checkpoint(tmp_path / "best.pt")[1]
     assert answers(model, dataset).tolist() == dataset.grades.tolist()
@@ -567,7 +552,7 @@ def test_a_run_that_was_killed_again_and_again_ends_with_the_same_bits(killed, t
 
 def test_a_run_is_not_continued_with_other_settings_or_pictures(trained, phantoms, tmp_path, capsys):
     words = ["train", "--data", phantoms, "--run", trained, *SMALL]
-    assert "lr was 0.02" in error_of(capsys, *words, "--lr", "0.01")
+    assert "with lr 0.02" in error_of(capsys, *words, "--lr", "0.01")
     path = next(row["path"] for row in rows(trained / "split.csv") if row["subset"] == "train")
     put(shutil.copytree(phantoms, tmp_path / "other") / path)
     assert "pictures" in error_of(capsys, "train", "--data", tmp_path / "other", "--run", trained, *SMALL)
@@ -597,10 +582,10 @@ def test_a_gpu_trains_and_predicts_as_the_cpu_does(phantoms, tmp_path):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 def test_a_gpu_is_waited_for_at_no_step(phantoms, tmp_path, monkeypatch):
     dataset, switch = KneeFolder(phantoms, size=64, device="cuda"), torch.cuda.set_sync_debug_mode
-    augment, evaluate = kneeoa.augment, kneeoa.evaluate
+    augment, validate = kneeoa.augment, kneeoa.validate
     # Between epochs a GPU may be waited for, and nothing else tells where an epoch's steps end.
     monkeypatch.setattr(kneeoa, "augment", lambda *words: switch("warn") or augment(*words))
-    monkeypatch.setattr(kneeoa, "evaluate", lambda *words: switch("default") or evaluate(*words))
+    monkeypatch.setattr(kneeoa, "validate", lambda *words: switch("default") or validate(*words))
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         kneeoa.train(dataset, dataset, Config(**TINY, epochs=4, batch=4), tmp_path)
@@ -687,7 +672,7 @@ def test_the_heat_of_a_trained_network_lies_at_the_joint_and_is_mirrored_with_th
 
 # ----------------------------------------------------------------------------------------------- phantoms
 def test_seconds_of_training_are_enough_to_grade_phantoms_never_seen(learned, tmp_path):
-    kneeoa.make_phantoms(tmp_path / "others", 100, seed=1)
+    assert run("phantoms", "--data", tmp_path / "others", "--count", 100, "--seed", 1) == 0
     others = KneeFolder(tmp_path / "others", size=128)
     assert kneeoa.metrics(kneeoa.confusion_matrix(others.grades, answers(learned, others)))["kappa"] > 0.85
 
@@ -719,8 +704,8 @@ def test_predict_agrees_with_evaluate(trained, phantoms, capsys):
         assert [float(p) for p in told] == pytest.approx([float(row[f"p{g}"]) for g in range(5)], abs=2e-3)
 
 
-@pytest.mark.parametrize("words", ["knees", "knees/*.png knees/more", "knees/a.png knees/b.png knees/more"])
-def test_predict_takes_files_folders_and_patterns(words, trained, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("words", ["knees", "knees/a.png knees/b.png knees/more"])
+def test_predict_takes_files_and_folders(words, trained, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     folder_of(Path("knees"), ["a.png", "b.png", "more/c.png", ".hidden.png"])
     assert run("predict", "--run", trained, *words.split()) == 0
@@ -742,9 +727,9 @@ def test_tune_ranks_by_validation_tests_nothing_and_repeats_no_training(phantoms
 
 
 @pytest.mark.parametrize("words, told", [
-    ("train --epochs 0", "--epochs 0: must be from 1 to 10000"), ("train --lr nan", "--lr nan: must be"),
-    ("train --size 63", "--size 63: must be"), ("train --batch 1", "--batch 1: must be"),
-    ("train --widths 8,0", "--widths 8,0: must be"), ("train --widths 8,x", "--widths"), ("dance", "dance"),
+    ("train --epochs 0", "epochs 0: must be from 1 to 10000"), ("train --lr nan", "lr nan: must be"),
+    ("train --size 63", "size 63: must be"), ("train --batch 1", "batch 1: must be"),
+    ("train --width 3", "width 3: must be"), ("train --width x", "--width"), ("dance", "dance"),
     ("train --epochs many", "--epochs"), ("train --colour red", "--colour"), ("train --data non", "non"),
     ("train --device cuda:99", "cuda:99"), ("predict x.png --run non", "non"), ("phantoms --count 59", "59")])
 def test_a_mistake_ends_in_one_line_and_status_2(words, told, capsys, tmp_path, monkeypatch):
@@ -849,10 +834,8 @@ def test_a_pipe_that_closes_ends_in_silence_and_the_run_goes_on_later(trained, p
     assert run(*words) == 0 and same_bits(tmp_path, trained)
 
 
-@pytest.mark.parametrize("name, encoding", [("stdout", None), ("stderr", None), ("stdout", "cp1252")])
-def test_a_missing_or_narrow_output_stream_does_no_harm(name, encoding, trained, tmp_path, monkeypatch):
-    stream = io.TextIOWrapper(io.BytesIO(), encoding) if encoding else None  # pythonw has none
-    monkeypatch.setattr(sys, name, stream)
+def test_letters_that_the_terminal_lacks_do_no_harm(trained, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "cp1252"))
     assert run("predict", put(tmp_path / "膝.png"), "--run", trained) == 0
 
 
