@@ -25,7 +25,7 @@ import re
 import sys
 import time
 from collections import Counter, defaultdict, namedtuple
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, astuple, dataclass, field, fields
 from pathlib import Path
 
 import numpy as np
@@ -38,13 +38,13 @@ from tqdm import tqdm
 from tqdm.contrib.concurrent import thread_map
 
 # For hips, hands or chests, change these four first. README.md lists the rest.
-GRADES = ("none", "doubtful", "minimal", "moderate", "severe")  # the name of grade g is GRADES[g]
+GRADES = ("none", "doubtful", "minimal", "moderate", "severe")  # the names of grades 0 to 4
 PATIENT = re.compile(r"(\d+)[ _-]?(L|R|left|right)(?![a-z])", re.I)  # 9003175L.png: 9003175
-JOINT = (2 / 7, 6 / 7)  # the rows that the network sees, as shares of the height
+JOINT = (2 / 7, 6 / 7)  # the rows that the network sees: 64 to 192 of 224
 SUBSETS = {"train": 0.70, "val": 0.15, "test": 0.15}  # share of the pictures
 
 class KneeError(Exception):
-    """A user's mistake. `main` prints it as one line and returns status 2."""
+    """A user's mistake, which any function below may raise. `main` prints it as one line."""
 
 # ---------------------------------------- settings
 # What changes from run to run. The command line is made from these fields. EXPERIMENTS.md has the
@@ -55,7 +55,7 @@ def setting(default, low, high, meaning):
 
 @dataclass(frozen=True)
 class Config:
-    """Hold the settings of a run. Raise KneeError if one is out of range."""
+    """Hold the settings of a run, each within its range."""
 
     size: int = setting(224, 64, 1024, "side of the square pictures, in pixels")
     batch: int = setting(64, 2, 4096, "pictures per step; small sets take fewer")
@@ -64,7 +64,7 @@ class Config:
     weight_decay: float = setting(0.02, 0.0, 1.0, "weight decay of AdamW")
     dropout: float = setting(0.3, 0.0, 0.95, "share of features dropped before the last layer")
     width: int = setting(32, 4, 256, "channels of the first stage; the last has six times as many")
-    softness: float = setting(0.5, 0.0, 2.0, "width of the soft labels, 0: hard labels")
+    softness: float = setting(0.5, 0.0, 2.0, "spread of the soft labels, 0: hard labels")
     augment: float = setting(1.0, 0.0, 3.0, "strength of the augmentation, 0: mirroring alone")
     seed: int = setting(0, 0, 2**31 - 1, "of split, initial weights, order and augmentation")
 
@@ -83,8 +83,7 @@ SUFFIXES = {".png", ".jpg", ".jpeg", ".jfif", ".tif", ".tiff", ".bmp", ".webp", 
 WIDE = 1.9  # a picture wider than this many heights shows both knees
 
 def read_grey(path):
-    """Return (picture, whether it was a negative): uint8 (height, width), upright, bone bright.
-    Raise KneeError if it is unreadable."""
+    """Return (picture, whether it was a negative): uint8 (height, width), upright, bone bright."""
     try:
         with Image.open(path, formats=FORMATS) as image:
             image = ImageOps.exif_transpose(image)
@@ -106,12 +105,12 @@ def read_grey(path):
     return (255 - grey if negative else grey), negative
 
 def read_xray(path, size):
-    """Return a picture as uint8 (size, size) with bright bone. Raise KneeError if it is unreadable.
-    The middle square is cut out, not stretched: grades depend on the width of the joint space."""
+    """Return the middle square of a picture as uint8 (size, size). Raise KneeError if unreadable.
+    It is cut out, not stretched: grades depend on the width of the joint space."""
     image = Image.fromarray(read_grey(path)[0])
     return np.array(ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS))
 
-# The path is relative to the data folder; subset "" means not given; digest is that of the pixels.
+# The path is relative to the data folder; subset "" means not given; digest: SHA-256 of the pixels.
 Xray = namedtuple("Xray", "path grade patient subset digest", defaults=["", ""])
 
 def find_xrays(folder, patients_file=None):
@@ -120,18 +119,18 @@ def find_xrays(folder, patients_file=None):
     patients file (osail_patients.csv, if it is beside this program); else it is the number in a
     name such as 9003175L.png; else the picture counts as a patient of its own, named by its path.
     Raise KneeError if there is not exactly one data set."""
-    folder, shipped = Path(folder), Path(__file__).with_name("osail_patients.csv")
+    folder, table = Path(folder), Path(__file__).with_name("osail_patients.csv")
     if not folder.is_dir():
         raise KneeError(f"{folder}: no such folder, name that of the X-rays with --data")
-    patients_file = patients_file or (shipped if shipped.exists() else None)
-    patients = dict(read_csv(patients_file, "image", "patient")) if patients_file else {}
+    table = patients_file or (table if table.exists() else None)
+    patients = dict(read_csv(table, "image", "patient")) if table else {}
     places = {file: place_of(file.relative_to(folder).parts[:-1]) for file in files_below(folder)}
     given = any(subset for _, subset, _ in places.values())  # in folders train, val and test
     data_sets, passed_over = defaultdict(list), Counter()
     for file, (top, subset, grade) in places.items():
         if file.suffix.lower() not in SUFFIXES:
             passed_over[file.suffix or file.name] += 1
-        elif grade is None or given and not subset:
+        elif grade is None or (given and not subset):
             passed_over["in other folders"] += 1
         else:
             path, number = file.relative_to(folder).as_posix(), PATIENT.match(file.name)
@@ -157,7 +156,7 @@ def split_by_patient(xrays, seed, shares=SUBSETS):
     pictures, grades_of = Counter(x.grade for x in xrays), defaultdict(list)
     for xray in xrays:
         grades_of[xray.patient].append(xray.grade)
-    for grade, count in Counter(g for grades in grades_of.values() for g in set(grades)).items():
+    for grade, count in Counter(g for g, _ in {(x.grade, x.patient) for x in xrays}).items():
         if count < len(shares):
             raise KneeError(f"grade {grade}: {count} patients for {len(shares)} subsets, add some")
 
@@ -165,22 +164,21 @@ def split_by_patient(xrays, seed, shares=SUBSETS):
         digest = hashlib.sha256(f"{seed}/{patient}".encode("utf-8", "surrogateescape")).digest()
         return min(pictures[grade] for grade in grades_of[patient]), digest
 
-    def fullness(subset, grades):  # how far its quotas for these grades are filled
-        return sum(filled[subset][g] / (shares[subset] * pictures[g]) for g in grades)
-
     filled, subset_of = {subset: Counter() for subset in shares}, {}
     for patient in sorted(grades_of, key=order):
         grades = grades_of[patient]
-        subset_of[patient] = min(shares, key=lambda subset: fullness(subset, grades))
+        fullness = {subset: sum(filled[subset][g] / (share * pictures[g]) for g in grades)
+                    for subset, share in shares.items()}
+        subset_of[patient] = min(fullness, key=fullness.get)
         filled[subset_of[patient]].update(grades)
     return [x._replace(subset=subset_of[x.patient]) for x in xrays]
 
 def check_leakage(where, what, pairs):
-    """Raise KneeError if a patient or a picture has two subsets in pairs (its name, subset)."""
-    leaked = [str(name) for name, n in Counter(name for name, _ in set(pairs)).items() if n > 1]
+    """Raise KneeError if a name occurs with two subsets in pairs (name, subset)."""
+    leaked = sorted(name for name, n in Counter(name for name, _ in set(pairs)).items() if n > 1)
     if leaked:
         raise KneeError(f"{where}: {len(leaked)} {what} are in two subsets, move each into one: "
-                        + ", ".join(sorted(leaked)[:4]))
+                        f"{', '.join(leaked[:4])}")
 
 def make_split(folder, seed, patients_file=None):
     """Return (xrays with their subsets, notes of `inspect_xrays`). Keep a split that the folders
@@ -192,26 +190,22 @@ def make_split(folder, seed, patients_file=None):
     if missing:
         raise KneeError(f"{folder}: no pictures of grades {missing} to train on, add some or "
                         "change GRADES in kneeoa.py")
-    if not given:
-        print("layout: folders by grade, split here by patient")
-        return split_by_patient(xrays, seed), notes
-    print(f"layout: {', '.join(given)} as the folders give them")
-    if "test" not in given:
-        print("no folder test: the results will be those of the validation subset")
+    print("layout:", ", ".join(given) + " as the folders give them" if given else "by grade")
     if "val" not in given:
-        print("no folder val: it is taken from train, by patient")
-        train = split_by_patient(train, seed, {"train": 0.85, "val": 0.15})
-        xrays = sorted(train + [x for x in xrays if x.subset == "test"])
+        print("split by patient:", "val, taken from train" if given else ", ".join(SUBSETS))
+        shares = {"train": 0.85, "val": 0.15} if given else SUBSETS
+        test = [x for x in xrays if x.subset == "test"]
+        xrays = sorted(split_by_patient(train, seed, shares) + test)
     return xrays, notes
 
 # ---------------------------------------- input
-# Exposure says nothing about the joint, so `standardize` removes it. What differs between two X-rays
-# of a knee (side, angle, distance) is varied in training: augmentation.
+# Exposure says nothing about the joint, so `standardize` removes it. Angle, distance and side say
+# nothing either, so they are varied in training: augmentation.
 
 def standardize(images):
-    """Turn greys from 0 to 255, (N, 1, S, S), into float of about mean 0 and deviation 1.
+    """Turn greys from 0 to 255, (N, 1, S, S), into float of about mean 0, deviation 1.
     Local contrast normalization (Jarrett et al., 2009): subtract the mean around each pixel, divide
-    by the deviation around it. A faint spur on black then counts like an edge in bright bone."""
+    by the deviation around it. A faint spur on black then counts nearly like an edge in bone."""
     reach = max(1, round(2 / 224 * images.shape[-1]))  # 2: a square of 5 x 5 pixels
 
     def around(x):  # the mean of a square, twice, so that near pixels count most
@@ -221,7 +215,7 @@ def standardize(images):
 
     detail = images.float() - around(images.float())
     variance = around(detail.square())
-    # Part of the divisor is the whole picture's deviation, or even background would become noise.
+    # Part of the divisor is the whole picture's deviation, or flat background would become noise.
     whole = variance.mean((2, 3), keepdim=True)
     return detail / (0.35 * variance.sqrt() + 0.65 * whole.sqrt() + 1)  # + 1 of 255: never 0 / 0
 
@@ -233,18 +227,13 @@ def crop(images, matrices):
     """Resample pictures (N, 1, S, S) to the joint's rows, float (N, 1, 4/7 S, S).
     `matrices` (N, 2, 3): the new pixel at (x, y) shows what is at matrix @ (x, y, 1) in the
     picture, counted from -1 to 1, right and down. Outside, the nearest edge pixel is shown."""
-    size, rows = images.shape[-1], joint_rows(images.shape[-1])
-    height = rows.stop - rows.start
-    # y from -1 to 1 over the joint's rows is y * scale + shift over the whole picture.
-    scale, shift = height / size, (rows.stop + rows.start) / size - 1
-    column_x, column_y, offset = matrices.unbind(2)
-    matrices = torch.stack((column_x, column_y * scale, column_y * shift + offset), 2)
-    grid = F.affine_grid(matrices, (len(images), 1, height, size), align_corners=False)
+    grid = F.affine_grid(matrices, images.shape, align_corners=False)  # (N, S, S, 2)
+    grid = grid[:, joint_rows(images.shape[-1])]  # (N, 4/7 S, S, 2)
     return F.grid_sample(images.float(), grid, padding_mode="border", align_corners=False)
 
 def augment(images, strength=1.0):
-    """Mirror, turn (by up to 12 degrees), scale (17 %), stretch (8 %) and shift (8 % of the side)
-    pictures (N, 1, S, S) at random and `crop` them. `strength` multiplies all but the mirroring."""
+    """Mirror, rotate (by up to 12 degrees), scale (17 %), stretch (9 %) and shift (8.5 %) pictures
+    (N, 1, S, S) at random and `crop` them. `strength` multiplies all but the mirroring."""
     drawn = 2 * torch.rand(6, len(images), device=images.device) - 1  # from -1 to 1
     angle, zoom, stretch, right, down = strength * drawn[:5]
     angle, mirror = angle * (12 / 180 * np.pi), torch.where(drawn[5] < 0, -1.0, 1.0)
@@ -256,8 +245,8 @@ def augment(images, strength=1.0):
     return crop(images, matrices.view(-1, 2, 3))
 
 # Test-time augmentation (TTA): the picture as it is, smaller, larger, and moved 2.5 % toward each
-# corner. "As it is" is 1 % smaller: augmentation blurs pictures a little, and the network grades
-# equally blurred ones better (kappa .743 instead of .683, EXPERIMENTS.md).
+# corner. The first is 1 % smaller, too: that blurs it a little, as augmentation does, and the
+# network grades such pictures better (EXPERIMENTS.md).
 TTA = torch.tensor([[[scale, 0, right], [0, scale, down]] for scale, right, down in (
     (1.01, 0, 0), (1.05, 0, 0), (0.95, 0, 0), (1, 0.05, 0.05), (1, -0.05, 0.05), (1, 0.05, -0.05),
     (1, -0.05, -0.05))])  # (7, 2, 3)
@@ -269,7 +258,7 @@ TTA = torch.tensor([[[scale, 0, right], [0, scale, down]] for scale, right, down
 class KneeFolder(torch.utils.data.Dataset):
     """Hold standardized pictures as float16 (N, 1, S, S) and their grades as int64 (N,).
     `dataset[index]` is (pictures as float32, grades) for an int, a slice or a tensor of numbers: a
-    batch is one index. A DataLoader works too. Raise KneeError for unreadable pictures."""
+    batch is one index. A DataLoader works too."""
 
     def __init__(self, folder, xrays=None, size=Config.size, device="cpu"):
         xrays = find_xrays(folder) if xrays is None else xrays
@@ -327,19 +316,19 @@ class KneeNet(nn.Module):
 
     def __init__(self, width=Config.width, dropout=Config.dropout):
         super().__init__()
-        layers = self.stage(1, width, side=5, stride=2)
-        for before, after in (width, 2 * width), (2 * width, 3 * width), (3 * width, 6 * width):
-            layers += [*self.stage(before, after), Residual(after)]
+        layers = self.stage(1, width, kernel=5, stride=2)
+        for inputs, outputs in (width, 2 * width), (2 * width, 3 * width), (3 * width, 6 * width):
+            layers += [*self.stage(inputs, outputs), Residual(outputs)]
         self.features = nn.Sequential(*layers)
         self.dropout = nn.Dropout(dropout)
-        self.classifier = nn.Linear(2 * after, len(GRADES))
+        self.classifier = nn.Linear(12 * width, len(GRADES))
         self.to(memory_format=torch.channels_last)  # fastest for convolutions
 
     @staticmethod
-    def stage(before, after, side=3, stride=1):
+    def stage(inputs, outputs, kernel=3, stride=1):
         # Pool before batch norm and ReLU: they then touch a quarter of the pixels.
-        return [nn.Conv2d(before, after, side, stride, side // 2, bias=False),
-                nn.MaxPool2d(2, ceil_mode=True), nn.BatchNorm2d(after), nn.ReLU()]
+        return [nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, bias=False),
+                nn.MaxPool2d(2, ceil_mode=True), nn.BatchNorm2d(outputs), nn.ReLU()]
 
     @staticmethod
     def halves(x):
@@ -359,7 +348,7 @@ class KneeNet(nn.Module):
 
 # ---------------------------------------- decision
 # Which grade to answer, and how good the answers are, are questions of their own. Accuracy alone
-# flatters: always answering grade 0 is right for four knees in ten.
+# flatters: always answering grade 0 is right for four of Chen's knees in ten.
 
 COST_POWER = 0.6  # being d grades off costs d ** COST_POWER
 METRICS = {"accuracy": "accuracy", "balanced_accuracy": "balanced accuracy",
@@ -368,8 +357,8 @@ PROBABILITIES = [f"p{grade}" for grade in range(len(GRADES))]
 
 def decide(probabilities):
     """Return the grades int64 (N,) of least expected cost (Bayes decision), from (N, 5).
-    If all errors cost the same, it is the most probable grade, seldom grade 1. If an error costs
-    its distance, it is the median: less often right, less far off. This is between."""
+    With a COST_POWER of 0, all errors cost the same: the answer is the most probable grade, seldom
+    grade 1. With 1, it is the median: less often right, less far off. 0.6 is between."""
     grade = torch.arange(len(GRADES), dtype=probabilities.dtype, device=probabilities.device)
     cost = (grade[:, None] - grade).abs() ** COST_POWER  # (5, 5): row = true grade, column = answer
     return (probabilities @ cost).argmin(1)
@@ -399,9 +388,9 @@ def metrics(confusion):
 # from its last checkpoint. Skip this at first reading.
 
 def save(path, content):
-    """Write a checkpoint (.pt), figure (.png), rows (.csv) or JSON, as a whole or not at all.
-    Raise KneeError if that is impossible."""
-    file, text = io.BytesIO(), io.StringIO(newline="")
+    """Write a checkpoint (.pt), figure (.png), rows (.csv) or JSON, as a whole or not at all."""
+    file = io.BytesIO()
+    text = io.TextIOWrapper(file, "utf-8", "surrogateescape", newline="", write_through=True)
     if path.suffix == ".pt":
         torch.save(content, file)
     elif path.suffix == ".png":
@@ -410,7 +399,6 @@ def save(path, content):
         csv.writer(text).writerows(content)
     else:
         text.write(json.dumps(content, indent=1).replace(" NaN", " null"))  # JSON has no NaN
-    file.write(text.getvalue().encode("utf-8", "surrogateescape"))
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         part.write_bytes(file.getvalue())
@@ -423,12 +411,11 @@ def save(path, content):
 
 def load_checkpoint(path, device="cpu"):
     """Return (checkpoint, its network). Raise KneeError if the file is missing or damaged."""
-    own = {"epoch"} if path.name == "best.pt" else {"history", "ema", "optimizer", "schedule"}
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)  # runs no code in it
         model = KneeNet(Config(**checkpoint["config"]).width)
         model.load_state_dict(checkpoint["model"])
-        if not {"xrays", *own} <= checkpoint.keys():
+        if not {"xrays", "history"} <= checkpoint.keys():
             raise KeyError("a part is missing")
     except Exception as error:  # torch.load raises all kinds on foreign files
         raise KneeError(f"{path}: missing, damaged or of another program, run train first or name "
@@ -452,14 +439,6 @@ def resume(run, origin, state):
     print(f"{run}: {len(last['history'])} epochs are done already; another --run begins anew")
     return [Epoch(*row) for row in last["history"]]
 
-def mixed_precision(device):
-    """Return a context in which convolutions run in bfloat16, where that is faster than float32."""
-    fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    if device.type == "cpu":  # with AMX; or AVX-512 BF16 of AMD's, which come without AVX-512 FP16
-        has = getattr(torch.cpu, "get_capabilities", dict)().get
-        fast = has("amx_bf16") or has("avx512_bf16") and not has("avx512_fp16")
-    return torch.autocast(device.type, torch.bfloat16, enabled=bool(fast))
-
 # ---------------------------------------- training
 # Show a batch, measure the error, move each weight a little to where the error is smaller: that is
 # the loop of `train`. Validation chooses the epoch, not the test subset. Training accuracy is of
@@ -474,22 +453,30 @@ def soft_labels(softness, device="cpu"):
     grade = torch.arange(len(GRADES), device=device)
     return torch.softmax(-(grade[:, None] - grade).square() / max(softness, 1e-9), 1)
 
+def mixed_precision(device):
+    """Return a context in which convolutions run in bfloat16, where that is faster than float32."""
+    fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu":  # with AMX; or AVX-512 BF16 of AMD's, which come without AVX-512 FP16
+        has = getattr(torch.cpu, "get_capabilities", dict)().get
+        fast = has("amx_bf16") or has("avx512_bf16") and not has("avx512_fp16")
+    return torch.autocast(device.type, torch.bfloat16, enabled=bool(fast))
+
 @torch.no_grad()
 def predict(model, images, views=TTA):
-    """Return logits (N, 5) of standardized pictures (N, 1, S, S), the mean over views of each."""
+    """Return logits (N, 5) of standardized pictures (N, 1, S, S), each the mean over its views."""
     model.eval()  # batch norm uses its running averages, dropout is off
     logits = []
     for batch in images.split(64):
         crops = [crop(batch, view.to(batch.device).expand(len(batch), 2, 3)) for view in views]
         with mixed_precision(batch.device):
-            logits.append(sum(model(x).float() for x in crops) / len(crops))  # (64, 5)
+            logits.append(sum(model(x).float() for x in crops) / len(crops))  # (B, 5)
     return torch.cat(logits)
 
 def validate(model, dataset, labels):
     """Return ((loss, accuracy, kappa), calibrated weights). Raise KneeError if the loss is NaN.
     Soft labels make the network underconfident. So its logits are divided by a temperature, the one
-    with which they fit the grades best (temperature scaling, Guo et al., 2017). Dividing the last
-    layer once does the same, and nobody can forget it."""
+    with which they fit the grades best (temperature scaling, Guo et al., 2017). To divide the last
+    layer by it does the same, and nobody can forget it."""
     logits, grades = predict(model, dataset.images, TTA[:1]), dataset.grades
     loss = F.cross_entropy(logits, labels[grades]).item()
     if not np.isfinite(loss):
@@ -506,8 +493,8 @@ def validate(model, dataset, labels):
 
 @torch.no_grad()
 def update_ema(ema, model, step):
-    """Move the averaged weights, which are validated and kept, toward the model's. Two thirds of
-    the average come from the last quarter of the steps so far (Shamir and Zhang, 2013)."""
+    """Move the moving average of the weights (EMA), which is validated and kept, toward the model.
+    The last quarter of the steps makes up two thirds of it (Shamir and Zhang, 2013)."""
     for mean, new in zip(ema.state_dict().values(), model.state_dict().values()):
         if mean.is_floating_point():  # batch norm also counts its batches
             mean.lerp_(new, 4 / (step + 3))  # 1 at the first step
@@ -520,7 +507,7 @@ def train(train_set, val_set, config, run):
     torch.manual_seed(config.seed)  # initial weights
     model, ema = (KneeNet(config.width, config.dropout).to(device) for _ in range(2))
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=config.weight_decay, fused=True)
-    batch = min(config.batch, max(8, n // 75), n)  # small sets take more steps; more epochs overfit
+    batch = min(config.batch, max(8, n // 75), n)  # 75 steps or more, if of 8 pictures each
     steps = n // batch  # the last, incomplete batch is dropped
     schedule = torch.optim.lr_scheduler.OneCycleLR(  # warm-up, then cosine (Smith and Topin, 2018)
         optimizer, config.lr, max(5, steps * config.epochs), pct_start=0.25, cycle_momentum=False)
@@ -533,7 +520,7 @@ def train(train_set, val_set, config, run):
         torch.manual_seed(config.seed * 100_003 + epoch)  # a resumed run draws the same numbers
         model.train()  # dropout on; batch norm by the batch
         batches = torch.randperm(n, device=device)[: steps * batch].split(batch)
-        sums = torch.zeros(2, device=device)  # of loss and accuracy; reading them waits for the GPU
+        sums = torch.zeros(2, device=device)  # loss, accuracy: to read them is to wait for a GPU
         for index in tqdm(batches, title, leave=False, ncols=79):
             images, grades = train_set[index]  # (B, 1, S, S), (B,)
             images = augment(images, config.augment)  # (B, 1, 4/7 S, S)
@@ -553,17 +540,18 @@ def train(train_set, val_set, config, run):
         left = tqdm.format_interval((config.epochs - epoch) * (time.perf_counter() - start))
         print("{}: loss {:.3f} acc {:.3f} | val acc {:.3f} kappa {:.3f} | {} left".format(
             title, *means, *scores[1:], left), flush=True)
+        origin["history"] = [tuple(row) for row in history]
         # The best epoch has the highest kappa on the validation subset; of equals, the lowest loss.
-        if history[-1] is max(history, key=lambda row: (row.val_kappa, -row.val_loss)):
-            save(run / "best.pt", origin | {"epoch": epoch, "model": weights})
+        best = max(history, key=lambda row: (row.val_kappa, -row.val_loss))
+        if best.epoch == epoch:
+            save(run / "best.pt", origin | {"model": weights})
         save(run / "history.csv", [Epoch._fields, *history])
-        # Written last: a run that stops before this line repeats the epoch, with the same bits.
-        parts = {name: part.state_dict() for name, part in state.items()}
-        save(run / "last.pt", origin | parts | {"history": [tuple(row) for row in history]})
+        # Written last: a run that stops before this line repeats the epoch.
+        save(run / "last.pt", origin | {name: part.state_dict() for name, part in state.items()})
     return history
 
 # ---------------------------------------- testing
-# Once, after training, with the epoch that validation chose.
+# After training, with the epoch that validation chose.
 
 def bootstrap(true, predicted, patients, draws=2000):
     """Return 95 % intervals {metric: [low, high]} by the bootstrap (Efron, 1979). Patients are
@@ -575,16 +563,6 @@ def bootstrap(true, predicted, patients, draws=2000):
     drawn = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), draws)  # (draws, patients)
     scores = metrics(np.tensordot(drawn, counts, 1))
     return {name: np.percentile(scores[name], (2.5, 97.5)).tolist() for name in METRICS}
-
-def fit(args, folder):
-    """Train into a folder on the split of a run. Return the history."""
-    xrays, size = read_split(args), args.config.size
-    train_set, val_set = (KneeFolder(args.data, [x for x in xrays if x.subset == subset], size,
-                                     args.device) for subset in ("train", "val"))
-    print(f"training on {len(train_set)} pictures, validating on {len(val_set)}, on {args.device} "
-          f"with {torch.get_num_threads()} threads\n"
-          "each line tells the time left; Ctrl-C stops, the same command goes on")
-    return train(train_set, val_set, args.config, folder)
 
 def command_evaluate(args):
     """Evaluate the best epoch: RUN/metrics.json, predictions.csv; or other data (--external).
@@ -605,9 +583,9 @@ def command_evaluate(args):
     used = [Xray(*x) for x in checkpoint["xrays"]]  # for training and validation
     known = {x.digest for x in used} | {x.patient for x in used if x.patient != x.path}
     seen = [x.path for x in dataset.xrays if x.digest in known or x.patient in known]
-    if seen and subset != "val":
-        raise KneeError(f"{data}: {len(seen)} of its pictures or their patients were in training "
-                        f"({seen[0]}), name other data")
+    if seen and args.external:
+        raise KneeError(f"{data}: {len(seen)} of its pictures or patients were in training "
+                        f"({seen[0]}), name other data, or other patients with --patients")
     true = dataset.grades.cpu().numpy()
     probabilities = predict(model, dataset.images).softmax(1).cpu()
     predicted = decide(probabilities).numpy()
@@ -615,7 +593,7 @@ def command_evaluate(args):
     usual = Counter(x.grade for x in used if x.subset == "train").most_common(1)[0][0]
     scores = {name: score.tolist() for name, score in metrics(confusion).items()}
     intervals = bootstrap(true, predicted, [x.patient for x in xrays])
-    result = {"subset": subset, "n": len(true), "epoch": checkpoint["epoch"], **scores,
+    result = {"subset": subset, "n": len(true), "epoch": len(checkpoint["history"]), **scores,
               "parameters": sum(p.numel() for p in model.parameters()), "intervals": intervals,
               "majority_accuracy": (true == usual).mean().item(), "confusion": confusion.tolist()}
     rows = [(x.path, x.grade, answer, *(f"{p:.4f}" for p in own))
@@ -624,7 +602,7 @@ def command_evaluate(args):
     save(args.run / names[1], [("path", "grade", "predicted", *PROBABILITIES), *rows])
     print(f"\n{subset} subset: {len(xrays)} pictures, by the network of epoch {result['epoch']}")
     print({"test": "validation chose the epoch", "external": "none of them was trained on",
-           "val": "no test: these pictures chose the epoch, which flatters the results"}[subset])
+           "val": "these pictures chose the epoch, which flatters the results"}[subset])
     print_table(("", "result", "95 % interval"), *(
         (title, f"{scores[name]:.3f}", "{:.3f} to {:.3f}".format(*intervals[name]))
         for name, title in METRICS.items()),
@@ -674,9 +652,9 @@ def command_plot(args):
     last, _ = load_checkpoint(args.run / "last.pt")
     result, answers, model = command_evaluate(args)
     columns, best = dict(zip(Epoch._fields, zip(*last["history"]))), result["epoch"]
-    figure = Figure(figsize=(13, 7.6), layout="constrained", dpi=110)  # pyplot needs a display
+    figure = Figure(figsize=(13, 7.6), layout="constrained", dpi=110)
     figure.suptitle(f"{args.run.name}, {result['n']} {result['subset']} pictures: " + ", ".join(
-        f"{title} {result[name]:.3f}" for name, title in METRICS.items()))
+        f"{title} {result[name]:.3f}" for name, title in METRICS.items()), parse_math=False)
     upper, lower = figure.subfigures(2, 1, height_ratios=(2.4, 1))
     *curves, matrix = upper.subplots(1, 3)
     for ax, name, title in zip(curves, ("loss", "accuracy"), ("loss", "share graded right")):
@@ -743,8 +721,8 @@ def inspect_xrays(folder, xrays):
         equals[digest].append(xray)
         for kind in odd:
             named[kind].append(xray)
-    places = [(equal[0].path, x.subset) for equal in equals.values() for x in equal]
-    check_leakage(folder, "pictures", places)
+    pairs = [(equal[0].path, x.subset) for equal in equals.values() for x in equal]
+    check_leakage(folder, "pictures", pairs)
     check_leakage(folder, "patients", [(x.patient, x.subset) for x in xrays])
     for equal in equals.values():
         first, *others = sorted(equal, key=lambda x: (x.patient == x.path, len(x.path), x.path))
@@ -776,8 +754,7 @@ def on_all_cores(function, items, title):
     return results
 
 def read_csv(path, *columns):
-    """Return these columns of a CSV file, a tuple for each row. Raise KneeError if one is missing.
-    """
+    """Return the rows of a CSV file, tuples of these columns. Raise KneeError if one is missing."""
     try:  # utf-8-sig: Excel begins a file with a byte order mark
         with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
             return [tuple(row[name] for name in columns) for row in csv.DictReader(file)]
@@ -791,8 +768,7 @@ def pick_device(name):
     if quota != "max":  # more threads only wait for each other
         torch.set_num_threads(min(torch.get_num_threads(), max(1, int(quota) // int(period))))
     if name == "auto":
-        mps = "mps" if torch.backends.mps.is_available() else "cpu"
-        name = "cuda" if torch.cuda.is_available() else mps
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         return torch.zeros(1, device=name).device
     except (RuntimeError, AssertionError) as error:
@@ -805,9 +781,6 @@ def pick_device(name):
 def draw_phantom(severity, patient, knee, size=224):
     """Draw a right knee from the front as uint8 (size, size). `severity` rounds to the grade.
     The generator `patient` varies what both knees of a patient share, `knee` the rest."""
-    def vary(low, high):
-        return patient.uniform(low, high) + knee.normal(0, (high - low) * 0.05)
-
     def sign(start, full):  # each sign begins at its own severity, and none is sure
         return min(max((severity + knee.normal(0, 0.2) - start) / (full - start), 0), 1)
 
@@ -821,36 +794,32 @@ def draw_phantom(severity, patient, knee, size=224):
     x = np.linspace(-1, 1, size, dtype=np.float32)
     y = x[:, None] - knee.normal(0, 0.04) * x - knee.normal(0.08, 0.03)
     x = x + knee.normal(0, 0.04) * y - knee.normal(0, 0.02)
-    worn = 1 if patient.random() < 0.75 else -1  # the side that wears, mostly the inner one
-    on_worn, half = step(x * worn, 0.06), vary(0.74, 0.84)
+    worn = patient.choice((1, 1, 1, -1))  # the side that wears, mostly the inner one
+    on_worn, half = step(x * worn, 0.06), patient.uniform(0.74, 0.84)
     # The joint space narrows, most on the worn side, where at the end the bone gives way.
-    gap = vary(0.062, 0.08) * (1 - sign(0.7, 3.4) * (0.1 + 0.88 * on_worn))
-    sunk = sign(3.1, 4.2) * on_worn * (0.07 * bump(x * worn, 0.42, 0.25) + 0.01 * np.sin(14 * x))
-    # A bone is a map of the depth below its surface: condyles and notch, plateau and spines.
-    end = sunk - gap - vary(0.17, 0.23) * abs(2.08 * abs(x) / half - 1.1) ** 4
-    femur = np.minimum(end - y, 0.8 * (half - abs(x) - vary(0.12, 0.24) * step(-y - 0.55, 0.1)))
-    end = sunk + gap - vary(0.1, 0.14) * (bump(x, -0.08, 0.07) + bump(x, 0.09, 0.07))
-    tibia = np.minimum(y - end, 0.8 * (half - abs(x) - vary(0.2, 0.34) * step(y - 0.47, 0.09)))
-    # Osteophytes grow from the four corners of the joint, first on the worn side.
-    for bone, down in (tibia, 1), (femur, -1):
-        for out, start in (worn, 0.75), (-worn, 1.1):
+    gap = patient.uniform(0.062, 0.08) * (1 - sign(0.7, 3.4) * (0.1 + 0.88 * on_worn))
+    sunk = sign(3.1, 4.2) * on_worn * 0.07 * bump(x * worn, 0.42, 0.25)
+    notch = patient.uniform(0.17, 0.23) * abs(2.08 * abs(x) / half - 1.1) ** 4
+    spines = patient.uniform(0.1, 0.14) * (bump(x, -0.08, 0.07) + bump(x, 0.09, 0.07))
+    sclerosis = sign(1.5, 4) * step(x * worn - 0.12, 0.05) * bump(y, 0, 0.25)
+    # Add up what the rays meet: soft tissue, then femur and tibia, each a map of the depth in bone.
+    ray = 0.14 + 0.3 * np.sqrt((1 - (x / patient.uniform(1.15, 1.4)) ** 2).clip(0))
+    for down, surface, hard in (-1, gap + notch - sunk, 0.18), (1, gap - spines + sunk, 0.31):
+        waist = patient.uniform(0.14, 0.32) * step(down * y - 0.5, 0.1)
+        bone = np.minimum(down * y - surface, 0.8 * (half - abs(x) - waist))
+        for out, start in (worn, 0.75), (-worn, 1.1):  # osteophytes, first on the worn side
             big = sign(start, start + 3.3) * knee.uniform(0.95, 1.45)
             along = (x * out - half + 0.03) / (0.05 + 0.13 * big)
             above = down * y - float(gap.mean()) - 0.09 + 0.04 * down + 0.055 * big * along
             beak = 0.05 * (min(1, 8 * big) - np.hypot(along, above / (0.035 + 0.035 * big)))
-            bone[:] = np.maximum(bone, beak) + 0.02 * big**0.5 * bump(bone, beak, 0.04)
-    # Add up what the rays meet: soft tissue, then each bone's rim and inside, with sclerosis.
-    ray = 0.14 + 0.3 * np.sqrt((1 - (x / vary(1.15, 1.4)) ** 2).clip(0))
-    sclerosis = sign(1.5, 4) * step(x * worn - 0.12, 0.05) * bump(y, 0, 0.25)
-    noise = Image.fromarray(knee.standard_normal((size // 6, size // 3), dtype=np.float32))
-    sponge = 0.016 * np.asarray(noise.resize((size, size), Image.Resampling.BICUBIC))
-    for bone, hard in (femur, 0.18), (tibia, 0.31):
-        inside = 0.15 + 0.12 * bump(bone, 0, 0.025) + 0.1 * step(bone - 0.12, 0.06) + sponge
+            bone = np.maximum(bone, beak) + 0.02 * big**0.5 * bump(bone, beak, 0.04)
+        inside = 0.15 + 0.12 * bump(bone, 0, 0.025) + 0.1 * step(bone - 0.12, 0.06)
         ray += step(bone, 0.006) * (inside + hard * sclerosis * bump(bone, 0, 0.08))
-    ray += knee.normal(0, 0.04) * x + vary(0.004, 0.018) * knee.standard_normal(x.shape, np.float32)
-    grey = (1.8 * ray - 0.45).clip(0, 1.2) ** vary(0.65, 1.35) * vary(0.5, 1) + vary(0.02, 0.2)
+    ray += patient.uniform(0.004, 0.018) * knee.standard_normal(x.shape, np.float32)
+    dark, gamma, contrast = patient.uniform((0.02, 0.65, 0.5), (0.2, 1.35, 1))
+    grey = dark + contrast * (1.8 * ray - 0.45).clip(0, 1.2) ** gamma
     image = Image.fromarray(np.uint8(255 * grey.clip(0, 1)))
-    return np.asarray(image.filter(ImageFilter.GaussianBlur(vary(0.3, 0.9))))
+    return np.asarray(image.filter(ImageFilter.GaussianBlur(patient.uniform(0.3, 0.9))))
 
 def command_phantoms(args):
     """Draw X-rays of known grade, which are no medical data, into a folder."""
@@ -897,16 +866,17 @@ def command_split(args):
     args.run.mkdir(parents=True, exist_ok=True)
     save(args.run / "split.csv", [Xray._fields[:4], *(x[:4] for x in xrays)])
     save(args.run / "notes.json", notes)
-    rows = [("grade: pictures (patients)", *SUBSETS)]
-    for grade in (*range(len(GRADES)), "all"):
-        some = [[x for x in xrays if x.subset == s and grade in (x.grade, "all")] for s in SUBSETS]
-        rows.append((grade, *(f"{len(own)} ({len({x.patient for x in own})})" for own in some)))
-    print_table(*rows)
+    pictures = Counter((x.grade, x.subset) for x in xrays)
+    patients = Counter(subset for subset, _ in {(x.subset, x.patient) for x in xrays})
+    print_table(("pictures", *SUBSETS), *((f"grade {g}", *(pictures[g, s] for s in SUBSETS))
+                                          for g in range(len(GRADES))),
+                ("patients", *(patients[s] for s in SUBSETS)))
 
 def read_split(args):
     """Return the xrays of RUN/split.csv, which is made if it is missing. Raise KneeError if it is
     damaged or of other data."""
     path, grades = args.run / "split.csv", {str(grade): grade for grade in range(len(GRADES))}
+    patients = dict(read_csv(args.patients, "image", "patient")) if args.patients else {}
     if not path.exists():
         command_split(args)
     xrays = [Xray(file, grades.get(grade), patient, subset) for file, grade, patient, subset
@@ -915,10 +885,22 @@ def read_split(args):
         if x.subset not in SUBSETS or x.grade is None or not (args.data / x.path).is_file():
             raise KneeError(f"{path}: {x.path} is not in {args.data}, or its grade or subset is "
                             "wrong, name its folder with --data or another --run")
+        if x.patient != patients.get(Path(x.path).name, x.patient):
+            raise KneeError(f"{path}: was made without {args.patients}, name another --run")
     if not {"train", "val"} <= {x.subset for x in xrays}:
         raise KneeError(f"{path}: has no train or no val, remove it and run split again")
     check_leakage(path, "patients", [(x.patient, x.subset) for x in xrays])
     return xrays
+
+def fit(args, folder):
+    """Train into a folder on the split of a run, which is made if it is missing."""
+    xrays, size = read_split(args), args.config.size
+    train_set, val_set = (KneeFolder(args.data, [x for x in xrays if x.subset == subset], size,
+                                     args.device) for subset in ("train", "val"))
+    print(f"training on {len(train_set)} pictures, validating on {len(val_set)}, on {args.device} "
+          f"with {torch.get_num_threads()} threads\n"
+          "each line tells the time left; Ctrl-C stops, the same command goes on")
+    train(train_set, val_set, args.config, folder)
 
 def command_train(args):
     """Train a network, keep its best epoch, evaluate it: RUN/history.csv, best.pt, last.pt."""
@@ -956,19 +938,21 @@ def command_tune(args):
     """Train with all combinations of the given settings and compare them: RUN/tune.csv."""
     grid, rows = args.grid, []
     if all(len(values) == 1 for values in grid.values()):
-        grid |= {"lr": [1.5e-3, 3e-3, 6e-3], "epochs": [8]}
+        grid["lr"] = [factor * grid["lr"][0] for factor in (0.5, 1, 2)]
     head = (*grid, "epoch", "val_loss", "val_accuracy", "val_kappa")
-    for values in itertools.product(*grid.values()):
-        args.config = Config(*values)
+    for args.config in [Config(*values) for values in itertools.product(*grid.values())]:
+        values = astuple(args.config)
         folder = args.run / "tune" / "_".join(map(str, values))
-        history = fit(args, folder)
-        best = history[load_checkpoint(folder / "best.pt")[0]["epoch"] - 1]
-        rows.append((*values, best.epoch, *(f"{score:.4g}" for score in best[3:6])))
+        fit(args, folder)
+        epoch, _, _, *scores = load_checkpoint(folder / "best.pt")[0]["history"][-1][:6]
+        rows.append((*values, epoch, *(f"{score:.4g}" for score in scores)))
         save(args.run / "tune.csv", [head, *rows])
     rows.sort(key=lambda row: float(row[-1]), reverse=True)
     tried = [i for i, values in enumerate(grid.values()) if len(values) > 1]
     print_table(*([row[i] for i in tried] + list(row[-4:]) for row in (head, *rows)))
-    words = [f"--{head[i].replace('_', '-')} {rows[0][i]}" for i in tried if head[i] != "epochs"]
+    words = [f"--{name.replace('_', '-')} {value}" for name, value in zip(grid, rows[0])
+             if name != "epochs" and value != getattr(Config, name)]
+    words += [f'--patients "{args.patients}"'] if args.patients else []
     print(f'\nthe best in full:\npython kneeoa.py train --data "{args.data}" '
           f'--run "{args.run}-best"', *words)
 
@@ -978,30 +962,35 @@ COMMANDS = {"split": command_split, "train": command_train, "evaluate": command_
 
 OPTIONS = {"--data": "the X-rays (the folder data, else phantoms)",
            "--run": "what a run leaves (runs/ and the name of the data)",
-           "--patients": "CSV file image,patient (osail_patients.csv)",
-           "--external": "for evaluate: another data set, as a whole",
-           "--heatmap": "for predict: draw heat maps into this PNG file"}
+           "--patients": "CSV file image,patient (osail_patients.csv)"}
 
 def parse(argv):
-    """Return the parsed command line. Raise KneeError if it makes no sense."""
+    """Return the parsed command line."""
     def fail(message):  # argparse would print its usage, too, in which the one line drowns
         raise KneeError(f"{message}; see python kneeoa.py --help")
 
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.set_defaults(external=None)
     parser.error = fail
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, function in COMMANDS.items():
         command = commands.add_parser(name, help=function.__doc__.splitlines()[0],
                                       description=function.__doc__)
         command.error = fail
-        if name == "predict":
-            command.add_argument("images", type=Path, nargs="+", help="files or folders")
         for option, meaning in OPTIONS.items():
             command.add_argument(option, type=Path, help=meaning)
-        command.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps")
-        command.add_argument("--count", type=int, default=1000, help="for phantoms: how many")
-        for f in fields(Config) if name not in ("evaluate", "plot", "predict") else ():
+        command.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:1")
+        if name == "predict":
+            command.add_argument("images", type=Path, nargs="+", help="files or folders")
+            command.add_argument("--heatmap", type=Path, help="draw heat maps into this PNG file")
+        if name == "evaluate":
+            command.add_argument("--external", type=Path, help="another data set, as a whole")
+        if name == "phantoms":
+            command.add_argument("--count", type=int, default=1000, help="how many (1000)")
+        if name in ("evaluate", "plot", "predict"):
+            continue  # their settings are those of the checkpoint
+        for f in fields(Config):
             command.add_argument(f"--{f.name.replace('_', '-')}", type=f.type, default=[f.default],
                                  nargs="+" if name == "tune" else 1,
                                  help=f"{f.metadata['meaning']} ({f.default})")
@@ -1014,7 +1003,7 @@ def parse(argv):
     return args
 
 def main(argv=None):
-    """Run a command line. Return the exit status: 0, 2 after a user's mistake, 130 after Ctrl-C."""
+    """Run a command line. Return the exit status: 2 after a user's mistake, 130 after Ctrl-C."""
     if hasattr(sys.stdout, "reconfigure"):  # letters that the terminal lacks
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
@@ -1029,10 +1018,10 @@ def main(argv=None):
         text = str(error)
         if isinstance(error, OSError):
             text = f"{error.filename}: {error.strerror}, check path and permissions"
-        elif not isinstance(error, KneeError):
-            if isinstance(error, RuntimeError) and not re.search("(allocate|out of) memory", text):
-                raise  # a fault of ours
+        elif isinstance(error, MemoryError) or re.search("(allocate|out of|enough) memory", text):
             text = "the memory is full, try a smaller --size or --batch, or another --device"
+        elif not isinstance(error, KneeError):
+            raise  # a fault of ours
         print("kneeoa: error: " + text.replace("\n", "\\n"), file=sys.stderr)
         return 2
     except KeyboardInterrupt:

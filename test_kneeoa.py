@@ -252,7 +252,7 @@ def test_the_split_depends_on_names_and_seed_and_not_on_the_order_of_files(many)
 
 @pytest.mark.parametrize("subsets, told", [
     ("train val test", "train, val, test as the folders give them"), ("Train Valid TEST", "train, val, test"),
-    ("training validation Test", "train, val, test"), ("train val", "no folder test")])
+    ("training validation Test", "train, val, test"), ("train val", "train, val as the folders give them")])
 def test_a_split_that_the_folders_give_is_kept_and_told(subsets, told, tmp_path, capsys):
     subset_of = dict(zip(subsets.split(), ("train", "val", "test")))
     for i, name in enumerate(subset_of):
@@ -265,7 +265,7 @@ def test_a_split_that_the_folders_give_is_kept_and_told(subsets, told, tmp_path,
 def test_without_val_it_is_taken_from_train_by_patient_and_test_is_kept(tmp_path, capsys):
     folder_of(tmp_path, knees(20, "train/") + knees(2, "test/", 100))
     split, _ = kneeoa.make_split(tmp_path, 0)
-    assert "no folder val" in capsys.readouterr().out
+    assert "val, taken from train" in capsys.readouterr().out
     assert all((x.subset == "test") == x.path.startswith("test/") for x in split)
     assert len({(x.patient, x.subset) for x in split}) == 110
     assert Counter(x.grade for x in split if x.subset == "val") == dict.fromkeys(range(5), 6)  # 15 % of 40
@@ -454,7 +454,7 @@ def test_the_best_epoch_is_the_one_of_highest_validation_kappa(phantoms, tmp_pat
     history = kneeoa.train(train_set, val_set, Config(**TINY, epochs=8, lr=0.03), tmp_path)
     kappas = [epoch.val_kappa for epoch in history]
     best, model = kneeoa.load_checkpoint(tmp_path / "best.pt")
-    assert kappas[best["epoch"] - 1] == max(kappas) > min(kappas)
+    assert kappas[len(best["history"]) - 1] == max(kappas) > min(kappas)
     scores = kneeoa.metrics(kneeoa.confusion_matrix(val_set.grades, answers(model, val_set)))
     assert scores["kappa"] == pytest.approx(max(kappas))  # the weights are those of that epoch
 
@@ -723,7 +723,7 @@ def test_tune_ranks_by_validation_tests_nothing_and_repeats_no_training(phantoms
     table, _, told = capsys.readouterr().out.rpartition("kneeoa.py train ")
     ranked = [line.split()[0] for line in table.splitlines() if line.startswith("0.0")][-3:]
     assert [kappas[lr] for lr in ranked] == sorted(kappas.values(), reverse=True)
-    assert f"--lr {ranked[0]}" in told and "--epochs" not in told and not list(tmp_path.rglob("metrics.json"))
+    assert f"--lr {ranked[0]}" in told and "--size 64" in told and "--epochs" not in told and not list(tmp_path.rglob("metrics.json"))
 
 
 @pytest.mark.parametrize("words, told", [
@@ -837,6 +837,13 @@ def test_a_pipe_that_closes_ends_in_silence_and_the_run_goes_on_later(trained, p
 def test_letters_that_the_terminal_lacks_do_no_harm(trained, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "cp1252"))
     assert run("predict", put(tmp_path / "膝.png"), "--run", trained) == 0
+
+
+def test_a_split_that_was_made_without_the_patients_file_is_refused(trained, phantoms, tmp_path, capsys):
+    table = tmp_path / "table.csv"
+    table.write_text(f"image,patient\n{Path(rows(trained / 'split.csv')[0]['path']).name},7\n")
+    words = ["train", "--data", phantoms, "--run", trained, *SMALL]
+    assert "made without" in error_of(capsys, *words, "--patients", table)
 
 
 def test_a_split_without_validation_is_refused(trained, phantoms, tmp_path, capsys):
