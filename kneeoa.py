@@ -746,8 +746,8 @@ def on_all_cores(function, items, title):
         except KneeError as error:
             return error
 
-    threads = torch.get_num_threads()
-    results = thread_map(attempt, items, max_workers=threads, desc=title, leave=False, ncols=79)
+    results = thread_map(attempt, items, max_workers=torch.get_num_threads(), desc=title,
+                         leave=False, ncols=79)
     errors = [str(result) for result in results if isinstance(result, KneeError)]
     if errors:
         raise KneeError("; ".join(errors[:20]) + "; ..." * (len(errors) > 20))
@@ -775,8 +775,8 @@ def pick_device(name):
         raise KneeError(f"--device {name}: not on this machine, use --device auto") from error
 
 # ---------------------------------------- phantoms
-# Drawn knees of known grade, so that all of this runs without a download. They are no medical data,
-# and no result on them is a medical result. There is nothing to learn here about networks.
+# Drawn knees of known grade, so that all of this runs without a download. They are no medical data.
+# There is nothing to learn here about networks.
 
 def draw_phantom(severity, patient, knee, size=224):
     """Draw a right knee from the front as uint8 (size, size). `severity` rounds to the grade.
