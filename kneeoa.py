@@ -72,7 +72,8 @@ class Config:
         for f in fields(self):
             value, (low, high) = getattr(self, f.name), f.metadata["range"]
             if not low <= value <= high:  # NaN fails, too
-                raise KneeError(f"{f.name} {value}: must be from {low} to {high}")
+                name = f.name.replace("_", "-")
+                raise KneeError(f"--{name} {value}: must be from {low} to {high}")
 
 # ---------------------------------------- reading
 # A picture that is read wrongly raises no error; the network just learns less from it. So every
@@ -94,7 +95,7 @@ def read_grey(path):
                 # Percentiles keep a few burnt-out pixels from setting the scale.
                 grey = np.uint8(np.interp(grey, np.percentile(grey, (0.5, 99.5)), (0, 255)))
     except Exception as error:  # Pillow raises a dozen kinds on damaged or hostile files
-        raise KneeError(f"{path}: not readable as {', '.join(FORMATS)}, check it") from error
+        raise KneeError(f"{path}: not readable as a picture ({error}), check it") from error
     # In a negative, the outer columns, mostly air, are brighter than the middle. Where a picture
     # shows both knees, its middle is air, too.
     height, width = grey.shape
@@ -105,19 +106,19 @@ def read_grey(path):
     return (255 - grey if negative else grey), negative
 
 def read_xray(path, size):
-    """Return the middle square of a picture as uint8 (size, size). Raise KneeError if unreadable.
-    It is cut out, not stretched: grades depend on the width of the joint space."""
+    """Return the middle square of a picture, resized, as uint8 (size, size). Raise KneeError if it
+    is unreadable. Never stretch a picture: grades depend on the width of the joint space."""
     image = Image.fromarray(read_grey(path)[0])
     return np.array(ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS))
 
-# The path is relative to the data folder; subset "" means not given; digest: SHA-256 of the pixels.
+# The path is relative to the data folder; subset "" means not given; KneeFolder sets the digest.
 Xray = namedtuple("Xray", "path grade patient subset digest", defaults=["", ""])
 
 def find_xrays(folder, patients_file=None):
     """Return the graded pictures of a data folder, a list of Xray sorted by path.
     Folder names tell the grade (see `place_of`). The patient is looked up by file name in the
-    patients file (osail_patients.csv, if it is beside this program); else it is the number in a
-    name such as 9003175L.png; else the picture counts as a patient of its own, named by its path.
+    patients file (by default osail_patients.csv, if beside this program); else it is the number in
+    a name such as 9003175L.png; else the picture counts as a patient of its own, named by its path.
     Raise KneeError if there is not exactly one data set."""
     folder, table = Path(folder), Path(__file__).with_name("osail_patients.csv")
     if not folder.is_dir():
@@ -125,23 +126,27 @@ def find_xrays(folder, patients_file=None):
     table = patients_file or (table if table.exists() else None)
     patients = dict(read_csv(table, "image", "patient")) if table else {}
     places = {file: place_of(file.relative_to(folder).parts[:-1]) for file in files_below(folder)}
-    given = any(subset for _, subset, _ in places.values())  # in folders train, val and test
+    given = {data_set for data_set, subset, _ in places.values() if subset}
     data_sets, passed_over = defaultdict(list), Counter()
-    for file, (top, subset, grade) in places.items():
-        if file.suffix.lower() not in SUFFIXES:
-            passed_over[file.suffix or file.name] += 1
-        elif grade is None or (given and not subset):
+    for file, (data_set, subset, grade) in places.items():
+        # A folder of grades beside train, val and test is no part of the data set.
+        beside = not subset and not given.isdisjoint((data_set, data_set.rpartition("/")[0]))
+        if grade is None or beside:
             passed_over["in other folders"] += 1
+        elif file.suffix.lower() not in SUFFIXES:
+            passed_over[file.suffix or "without suffix"] += 1
         else:
-            path, number = file.relative_to(folder).as_posix(), PATIENT.match(file.name)
-            patient = patients.get(file.name) or (number[1] if number else path)
-            data_sets[top].append(Xray(path, grade, patient, subset))
+            path, match = file.relative_to(folder).as_posix(), PATIENT.match(file.name)
+            patient = patients.get(file.name) or (match[1] if match else path)
+            data_sets[data_set].append(Xray(path, grade, patient, subset))
     if len(data_sets) != 1:
-        found = ", ".join(sorted(data_sets or os.listdir(folder))[:9]) or "nothing"
+        found = sorted(data_sets or {data_set for data_set, *_ in places.values()})
         raise KneeError(f"{folder}: has {len(data_sets)} data sets with folders 0 to "
-                        f"{len(GRADES) - 1} (found: {found}), name the folder of one")
+                        f"{len(GRADES) - 1} (found: {', '.join(found[:9]) or 'nothing'}), name "
+                        "the folder of one")
     if passed_over:
-        print("passed over:", ", ".join(f"{n} {what}" for what, n in sorted(passed_over.items())))
+        told = ", ".join(f"{n} {what}" for what, n in sorted(passed_over.items()))
+        print(f"passed over: {told}"[:79])
     return sorted(data_sets.popitem()[1])
 
 # ---------------------------------------- splitting
@@ -153,21 +158,22 @@ def split_by_patient(xrays, seed, shares=SUBSETS):
     Greedy: give each patient to the subset that is furthest below its quota for the patient's
     grades. A hash decides the order, so the split is the same on every machine. Raise KneeError if
     a grade has fewer patients than there are subsets."""
-    pictures, grades_of = Counter(x.grade for x in xrays), defaultdict(list)
+    total, grades_of = Counter(x.grade for x in xrays), defaultdict(list)
     for xray in xrays:
         grades_of[xray.patient].append(xray.grade)
-    for grade, count in Counter(g for g, _ in {(x.grade, x.patient) for x in xrays}).items():
+    patients = Counter(grade for grade, _ in {(x.grade, x.patient) for x in xrays})
+    for grade, count in sorted(patients.items()):
         if count < len(shares):
             raise KneeError(f"grade {grade}: {count} patients for {len(shares)} subsets, add some")
 
     def order(patient):  # the rarest grades first, while every subset has room for them
         digest = hashlib.sha256(f"{seed}/{patient}".encode("utf-8", "surrogateescape")).digest()
-        return min(pictures[grade] for grade in grades_of[patient]), digest
+        return min(total[grade] for grade in grades_of[patient]), digest
 
     filled, subset_of = {subset: Counter() for subset in shares}, {}
     for patient in sorted(grades_of, key=order):
         grades = grades_of[patient]
-        fullness = {subset: sum(filled[subset][g] / (share * pictures[g]) for g in grades)
+        fullness = {subset: sum(filled[subset][g] / (share * total[g]) for g in grades)
                     for subset, share in shares.items()}
         subset_of[patient] = min(fullness, key=fullness.get)
         filled[subset_of[patient]].update(grades)
@@ -190,7 +196,7 @@ def make_split(folder, seed, patients_file=None):
     if missing:
         raise KneeError(f"{folder}: no pictures of grades {missing} to train on, add some or "
                         "change GRADES in kneeoa.py")
-    print("layout:", ", ".join(given) + " as the folders give them" if given else "by grade")
+    print("layout:", f"{', '.join(given)} as the folders give them" if given else "by grade")
     if "val" not in given:
         print("split by patient:", "val, taken from train" if given else ", ".join(SUBSETS))
         shares = {"train": 0.85, "val": 0.15} if given else SUBSETS
@@ -205,7 +211,7 @@ def make_split(folder, seed, patients_file=None):
 def standardize(images):
     """Turn greys from 0 to 255, (N, 1, S, S), into float of about mean 0, deviation 1.
     Local contrast normalization (Jarrett et al., 2009): subtract the mean around each pixel, divide
-    by the deviation around it. A faint spur on black then counts nearly like an edge in bone."""
+    by the deviation, in part by that around it. A faint spur on black gains most."""
     reach = max(1, round(2 / 224 * images.shape[-1]))  # 2: a square of 5 x 5 pixels
 
     def around(x):  # the mean of a square, twice, so that near pixels count most
@@ -215,9 +221,9 @@ def standardize(images):
 
     detail = images.float() - around(images.float())
     variance = around(detail.square())
-    # Part of the divisor is the whole picture's deviation, or flat background would become noise.
+    # Part of the divisor is that of the whole picture, or flat background would become noise.
     whole = variance.mean((2, 3), keepdim=True)
-    return detail / (0.35 * variance.sqrt() + 0.65 * whole.sqrt() + 1)  # + 1 of 255: never 0 / 0
+    return detail / (0.35 * variance.sqrt() + 0.65 * whole.sqrt() + 1)  # + 1: never 0 / 0
 
 def joint_rows(size):
     """Return the joint's rows in a picture of `size` rows, as a slice."""
@@ -235,18 +241,18 @@ def augment(images, strength=1.0):
     """Mirror, rotate (by up to 12 degrees), scale (17 %), stretch (9 %) and shift (8.5 %) pictures
     (N, 1, S, S) at random and `crop` them. `strength` multiplies all but the mirroring."""
     drawn = 2 * torch.rand(6, len(images), device=images.device) - 1  # from -1 to 1
-    angle, zoom, stretch, right, down = strength * drawn[:5]
+    angle, shrink, stretch, right, down = strength * drawn[:5]
     angle, mirror = angle * (12 / 180 * np.pi), torch.where(drawn[5] < 0, -1.0, 1.0)
-    scale_y = torch.exp(0.17 * zoom)
+    scale_y = torch.exp(0.17 * shrink)
     scale_x = torch.exp(0.085 * stretch) * scale_y
     cos, sin = angle.cos(), angle.sin()
-    matrices = torch.stack((scale_x * cos * mirror, -scale_x * sin, 0.17 * right,
+    matrices = torch.stack((scale_x * cos * mirror, -scale_x * sin, 0.17 * right,  # 8.5 % of 2
                             scale_y * sin * mirror, scale_y * cos, 0.17 * down), 1)
     return crop(images, matrices.view(-1, 2, 3))
 
-# Test-time augmentation (TTA): the picture as it is, smaller, larger, and moved 2.5 % toward each
-# corner. The first is 1 % smaller, too: that blurs it a little, as augmentation does, and the
-# network grades such pictures better (EXPERIMENTS.md).
+# Test-time augmentation (TTA): the picture nearly as it is, smaller, larger, and moved 2.5 % (0.05
+# of 2, from -1 to 1) toward each corner. The first is 1 % smaller: that blurs it a little, as
+# augmentation does, and the network grades such pictures better (EXPERIMENTS.md).
 TTA = torch.tensor([[[scale, 0, right], [0, scale, down]] for scale, right, down in (
     (1.01, 0, 0), (1.05, 0, 0), (0.95, 0, 0), (1, 0.05, 0.05), (1, -0.05, 0.05), (1, 0.05, -0.05),
     (1, -0.05, -0.05))])  # (7, 2, 3)
@@ -257,8 +263,8 @@ TTA = torch.tensor([[[scale, 0, right], [0, scale, down]] for scale, right, down
 
 class KneeFolder(torch.utils.data.Dataset):
     """Hold standardized pictures as float16 (N, 1, S, S) and their grades as int64 (N,).
-    `dataset[index]` is (pictures as float32, grades) for an int, a slice or a tensor of numbers: a
-    batch is one index. A DataLoader works too."""
+    `dataset[index]` is (pictures as float32, grades), for an int, a slice, or a tensor of numbers,
+    which reads a whole batch. A DataLoader works too."""
 
     def __init__(self, folder, xrays=None, size=Config.size, device="cpu"):
         xrays = find_xrays(folder) if xrays is None else xrays
@@ -333,12 +339,13 @@ class KneeNet(nn.Module):
     @staticmethod
     def halves(x):
         if x.shape[2] == x.shape[3]:
-            x = x[:, :, joint_rows(int(x.shape[3]))]  # (N, 1, S, S) -> (N, 1, 4/7 S, S)
+            x = x[:, :, joint_rows(int(x.shape[3]))]  # (N, 1, 4/7 S, S); int() is for tracing
         half = max(x.shape[2], (x.shape[3] + 1) // 2)  # as wide as high, for the default JOINT
         x = torch.cat((x[..., :half], x.flip(3)[..., :half]))  # -> (2N, 1, 4/7 S, 4/7 S)
         return x.contiguous(memory_format=torch.channels_last)
 
     def head(self, maps):
+        # Undo the cat of `halves`. chunk(2) would do, but fix N when the network is traced.
         left, right = maps.float().mean((2, 3)).unflatten(0, (2, -1)).unbind()  # twice (N, C)
         pair = torch.cat((left + right, (left - right).abs()), 1)  # (N, 2C)
         return self.classifier(self.dropout(pair))  # (N, 5)
@@ -347,8 +354,8 @@ class KneeNet(nn.Module):
         return self.head(self.features(self.halves(x)))
 
 # ---------------------------------------- decision
-# Which grade to answer, and how good the answers are, are questions of their own. Accuracy alone
-# flatters: always answering grade 0 is right for four of Chen's knees in ten.
+# Two questions: which grade to answer, and how good are the answers? Accuracy alone flatters:
+# always answering grade 0 is right for four of Chen's knees in ten.
 
 COST_POWER = 0.6  # being d grades off costs d ** COST_POWER
 METRICS = {"accuracy": "accuracy", "balanced_accuracy": "balanced accuracy",
@@ -357,8 +364,8 @@ PROBABILITIES = [f"p{grade}" for grade in range(len(GRADES))]
 
 def decide(probabilities):
     """Return the grades int64 (N,) of least expected cost (Bayes decision), from (N, 5).
-    With a COST_POWER of 0, all errors cost the same: the answer is the most probable grade, seldom
-    grade 1. With 1, it is the median: less often right, less far off. 0.6 is between."""
+    With a COST_POWER near 0, all errors cost the same: the answer is the most probable grade,
+    seldom grade 1. With 1, it is the median: less often right, less far off. 0.6 is between."""
     grade = torch.arange(len(GRADES), dtype=probabilities.dtype, device=probabilities.device)
     cost = (grade[:, None] - grade).abs() ** COST_POWER  # (5, 5): row = true grade, column = answer
     return (probabilities @ cost).argmin(1)
@@ -387,6 +394,9 @@ def metrics(confusion):
 # A stop or a full disk costs one epoch at most: files are replaced as a whole, and a run continues
 # from its last checkpoint. Skip this at first reading.
 
+Epoch = namedtuple("Epoch", "epoch train_loss train_accuracy val_loss val_accuracy val_kappa lr "
+                            "seconds")
+
 def save(path, content):
     """Write a checkpoint (.pt), figure (.png), rows (.csv) or JSON, as a whole or not at all."""
     file = io.BytesIO()
@@ -394,7 +404,7 @@ def save(path, content):
     if path.suffix == ".pt":
         torch.save(content, file)
     elif path.suffix == ".png":
-        content.savefig(file)
+        content.savefig(file, format="png")
     elif path.suffix == ".csv":
         csv.writer(text).writerows(content)
     else:
@@ -414,12 +424,12 @@ def load_checkpoint(path, device="cpu"):
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)  # runs no code in it
         model = KneeNet(Config(**checkpoint["config"]).width)
-        model.load_state_dict(checkpoint["model"])
+        model.load_state_dict(checkpoint["model" if path.name == "last.pt" else "calibrated"])
         if not {"xrays", "history"} <= checkpoint.keys():
             raise KeyError("a part is missing")
     except Exception as error:  # torch.load raises all kinds on foreign files
-        raise KneeError(f"{path}: missing, damaged or of another program, run train first or name "
-                        "another --run") from error
+        raise KneeError(f"{path}: missing, damaged or of another version, name another --run, or "
+                        "train first") from error
     return checkpoint, model.to(device).eval()
 
 def resume(run, origin, state):
@@ -441,15 +451,12 @@ def resume(run, origin, state):
 
 # ---------------------------------------- training
 # Show a batch, measure the error, move each weight a little to where the error is smaller: that is
-# the loop of `train`. Validation chooses the epoch, not the test subset. Training accuracy is of
-# augmented pictures, with dropout: it may be below that of validation.
-
-Epoch = namedtuple("Epoch", "epoch train_loss train_accuracy val_loss val_accuracy val_kappa lr "
-                            "seconds")
+# the loop of `train`. The validation subset, not the test subset, chooses the epoch. Training
+# accuracy is of augmented pictures, with dropout: it may be below that of validation.
 
 def soft_labels(softness, device="cpu"):
     """Return (5, 5): row g is the label of grade g, softmax(-distance^2 / softness). Radiologists
-    often differ by one grade, so that is punished less (Diaz and Marathe, 2019)."""
+    often differ by one grade, so being off by one is punished less (Diaz and Marathe, 2019)."""
     grade = torch.arange(len(GRADES), device=device)
     return torch.softmax(-(grade[:, None] - grade).square() / max(softness, 1e-9), 1)
 
@@ -474,10 +481,10 @@ def predict(model, images, views=TTA):
 
 def validate(model, dataset, labels):
     """Return ((loss, accuracy, kappa), calibrated weights). Raise KneeError if the loss is NaN.
-    Soft labels make the network underconfident. So its logits are divided by a temperature, the one
-    with which they fit the grades best (temperature scaling, Guo et al., 2017). To divide the last
-    layer by it does the same, and nobody can forget it."""
-    logits, grades = predict(model, dataset.images, TTA[:1]), dataset.grades
+    Soft labels make the network underconfident. So its logits are divided by the temperature that
+    fits the grades best (temperature scaling, Guo et al., 2017). The weights returned have it built
+    in: their last layer is divided by it. `model` stays as it is."""
+    logits, grades = predict(model, dataset.images, TTA[:1]), dataset.grades  # one view: faster
     loss = F.cross_entropy(logits, labels[grades]).item()
     if not np.isfinite(loss):
         raise KneeError("the loss is NaN, try a lower --lr and another --run")
@@ -497,19 +504,19 @@ def update_ema(ema, model, step):
     The last quarter of the steps makes up two thirds of it (Shamir and Zhang, 2013)."""
     for mean, new in zip(ema.state_dict().values(), model.state_dict().values()):
         if mean.is_floating_point():  # batch norm also counts its batches
-            mean.lerp_(new, 4 / (step + 3))  # 1 at the first step
+            mean.lerp_(new, 4 / (step + 3))  # mean += w * (new - mean), w = 1 at the first step
 
 def train(train_set, val_set, config, run):
     """Train a network and return its history, a list of Epoch. After each epoch, write best.pt,
-    history.csv and last.pt into the folder `run`, to continue from. Raise KneeError if last.pt was
-    begun with other settings or pictures, or if the loss is NaN."""
+    history.csv and last.pt into the folder `run`, and continue from there (see `resume`)."""
     n, device, run = len(train_set), train_set.images.device, Path(run)
     torch.manual_seed(config.seed)  # initial weights
     model, ema = (KneeNet(config.width, config.dropout).to(device) for _ in range(2))
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=config.weight_decay, fused=True)
-    batch = min(config.batch, max(8, n // 75), n)  # 75 steps or more, if of 8 pictures each
+    batch = min(config.batch, max(8, n // 75), n)  # for small sets: 75 steps, or of 8 pictures
     steps = n // batch  # the last, incomplete batch is dropped
-    schedule = torch.optim.lr_scheduler.OneCycleLR(  # warm-up, then cosine (Smith and Topin, 2018)
+    # The learning rate: warm-up, then cosine (Smith and Topin, 2018). It needs 5 steps.
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, config.lr, max(5, steps * config.epochs), pct_start=0.25, cycle_momentum=False)
     labels = soft_labels(config.softness, device)
     origin = {"config": asdict(config), "xrays": list(map(tuple, train_set.xrays + val_set.xrays))}
@@ -517,10 +524,10 @@ def train(train_set, val_set, config, run):
     history = resume(run, origin, state)
     for epoch in range(len(history) + 1, config.epochs + 1):
         start, title = time.perf_counter(), f"epoch {epoch}/{config.epochs}"
-        torch.manual_seed(config.seed * 100_003 + epoch)  # a resumed run draws the same numbers
+        torch.manual_seed(config.seed * 100_003 + epoch)  # so that a resumed run draws the same
         model.train()  # dropout on; batch norm by the batch
         batches = torch.randperm(n, device=device)[: steps * batch].split(batch)
-        sums = torch.zeros(2, device=device)  # loss, accuracy: to read them is to wait for a GPU
+        sums = torch.zeros(2, device=device)  # of loss and accuracy; reading each step is slow
         for index in tqdm(batches, title, leave=False, ncols=79):
             images, grades = train_set[index]  # (B, 1, S, S), (B,)
             images = augment(images, config.augment)  # (B, 1, 4/7 S, S)
@@ -544,24 +551,25 @@ def train(train_set, val_set, config, run):
         # The best epoch has the highest kappa on the validation subset; of equals, the lowest loss.
         best = max(history, key=lambda row: (row.val_kappa, -row.val_loss))
         if best.epoch == epoch:
-            save(run / "best.pt", origin | {"model": weights})
+            save(run / "best.pt", origin | {"calibrated": weights})
         save(run / "history.csv", [Epoch._fields, *history])
         # Written last: a run that stops before this line repeats the epoch.
         save(run / "last.pt", origin | {name: part.state_dict() for name, part in state.items()})
     return history
 
 # ---------------------------------------- testing
-# After training, with the epoch that validation chose.
+# The network of the best epoch meets the test subset, once training is finished.
 
 def bootstrap(true, predicted, patients, draws=2000):
     """Return 95 % intervals {metric: [low, high]} by the bootstrap (Efron, 1979). Patients are
     drawn, not pictures: the two knees of a patient are no independent evidence."""
-    _, number = np.unique(patients, return_inverse=True)
+    _, number = np.unique(patients, return_inverse=True)  # the patient of each picture: 0, 1, ...
     n = number.max() + 1
     counts = np.zeros((n, len(GRADES), len(GRADES)))  # a confusion matrix for each patient
     np.add.at(counts, (number, true, predicted), 1)
-    drawn = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), draws)  # (draws, patients)
-    scores = metrics(np.tensordot(drawn, counts, 1))
+    # How often each patient is drawn: (draws, n). A drawn patient adds its confusion matrix.
+    drawn = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), draws)
+    scores = metrics(np.tensordot(drawn, counts, 1))  # of (draws, 5, 5)
     return {name: np.percentile(scores[name], (2.5, 97.5)).tolist() for name in METRICS}
 
 def command_evaluate(args):
@@ -581,6 +589,7 @@ def command_evaluate(args):
         xrays = [x for x in xrays if x.subset == subset]
     dataset = KneeFolder(data, xrays, checkpoint["config"]["size"], args.device)
     used = [Xray(*x) for x in checkpoint["xrays"]]  # for training and validation
+    # A patient named by the path is unknown: the same path elsewhere proves nothing.
     known = {x.digest for x in used} | {x.patient for x in used if x.patient != x.path}
     seen = [x.path for x in dataset.xrays if x.digest in known or x.patient in known]
     if seen and args.external:
@@ -590,7 +599,7 @@ def command_evaluate(args):
     probabilities = predict(model, dataset.images).softmax(1).cpu()
     predicted = decide(probabilities).numpy()
     confusion = confusion_matrix(true, predicted)
-    usual = Counter(x.grade for x in used if x.subset == "train").most_common(1)[0][0]
+    usual = Counter(x.grade for x in used if x.subset == "train").most_common(1)[0][0]  # a grade
     scores = {name: score.tolist() for name, score in metrics(confusion).items()}
     intervals = bootstrap(true, predicted, [x.patient for x in xrays])
     result = {"subset": subset, "n": len(true), "epoch": len(checkpoint["history"]), **scores,
@@ -695,7 +704,7 @@ def place_of(folders):
         if grade in range(len(GRADES)):
             subset = SUBSET_WORDS.get(folders[i - 1].lower(), "") if i else ""
             return "/".join(folders[: i - bool(subset)]), subset, grade
-    return "", "", None
+    return "/".join(folders), "", None
 
 def files_below(folder):
     """Return the files below a folder but hidden ones, sorted; symbolic links are followed."""
@@ -757,7 +766,11 @@ def read_csv(path, *columns):
     """Return the rows of a CSV file, tuples of these columns. Raise KneeError if one is missing."""
     try:  # utf-8-sig: Excel begins a file with a byte order mark
         with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
-            return [tuple(row[name] for name in columns) for row in csv.DictReader(file)]
+            reader = csv.DictReader(file, skipinitialspace=True)
+            rows = [tuple((row[name] or "").rstrip() for name in columns) for row in reader]
+        if not rows:
+            raise KeyError("no rows")
+        return rows
     except (KeyError, csv.Error) as error:
         raise KneeError(f"{path}: no table of {','.join(columns)}, mend it") from error
 
@@ -873,19 +886,16 @@ def command_split(args):
                 ("patients", *(patients[s] for s in SUBSETS)))
 
 def read_split(args):
-    """Return the xrays of RUN/split.csv, which is made if it is missing. Raise KneeError if it is
-    damaged or of other data."""
+    """Return the xrays of RUN/split.csv. Raise KneeError if it is damaged or of other data."""
     path, grades = args.run / "split.csv", {str(grade): grade for grade in range(len(GRADES))}
     patients = dict(read_csv(args.patients, "image", "patient")) if args.patients else {}
-    if not path.exists():
-        command_split(args)
     xrays = [Xray(file, grades.get(grade), patient, subset) for file, grade, patient, subset
              in read_csv(path, *Xray._fields[:4])]
     for x in xrays:
         if x.subset not in SUBSETS or x.grade is None or not (args.data / x.path).is_file():
             raise KneeError(f"{path}: {x.path} is not in {args.data}, or its grade or subset is "
                             "wrong, name its folder with --data or another --run")
-        if x.patient != patients.get(Path(x.path).name, x.patient):
+        if x.patient != (patients.get(Path(x.path).name) or x.patient):
             raise KneeError(f"{path}: was made without {args.patients}, name another --run")
     if not {"train", "val"} <= {x.subset for x in xrays}:
         raise KneeError(f"{path}: has no train or no val, remove it and run split again")
@@ -894,6 +904,8 @@ def read_split(args):
 
 def fit(args, folder):
     """Train into a folder on the split of a run, which is made if it is missing."""
+    if not (args.run / "split.csv").exists():
+        command_split(args)
     xrays, size = read_split(args), args.config.size
     train_set, val_set = (KneeFolder(args.data, [x for x in xrays if x.subset == subset], size,
                                      args.device) for subset in ("train", "val"))
@@ -912,8 +924,10 @@ def command_predict(args):
     """Print the grade of pictures and the probability of each grade; --heatmap draws them."""
     paths = []
     for path in args.images:
-        below = files_below(path) if path.is_dir() else []
-        paths += [file for file in below if file.suffix.lower() in SUFFIXES] or [path]
+        below = files_below(path) if path.is_dir() else [path]
+        paths += [file for file in below if file == path or file.suffix.lower() in SUFFIXES]
+    if not paths:
+        raise KneeError(f"{args.images[0]}: has no pictures in it, name another folder")
     if args.heatmap and (args.heatmap.suffix != ".png" or len(paths) > 300):
         raise KneeError(f"--heatmap {args.heatmap}: must end in .png and show at most 300 pictures")
     checkpoint, model = load_checkpoint(args.run / "best.pt", args.device)
@@ -1018,10 +1032,10 @@ def main(argv=None):
         text = str(error)
         if isinstance(error, OSError):
             text = f"{error.filename}: {error.strerror}, check path and permissions"
-        elif isinstance(error, MemoryError) or re.search("(allocate|out of|enough) memory", text):
-            text = "the memory is full, try a smaller --size or --batch, or another --device"
         elif not isinstance(error, KneeError):
-            raise  # a fault of ours
+            if isinstance(error, RuntimeError) and not re.search("(allocate|of|enough) mem", text):
+                raise  # a fault of ours
+            text = "the memory is full, try a smaller --size or --batch, or another --device"
         print("kneeoa: error: " + text.replace("\n", "\\n"), file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -165,7 +165,7 @@ def test_negatives_wide_and_grey_pictures_are_counted(words, trained, tmp_path, 
     monkeypatch.chdir(tmp_path)
     shutil.copytree(trained, "run")
     folder_of(Path("data"), knees(4))
-    put(Path("data/0/dark.png"), 255 - np.asarray(Image.open("data/0/1000L.png")))
+    put(Path("data/0/dark.png"), 255 - np.asarray(Image.open(put(Path("bright.png")))))
     put(Path("data/1/both.png"), np.tile(TENT, (1, 2)))
     put(Path("data/2/blank.png"), np.full((40, 40), 77))
     assert run(*words.split()) == 0
@@ -215,10 +215,17 @@ def test_the_patient_is_that_of_the_patients_file_then_of_the_name_then_the_pict
     patients = {"a": "7", "1L": "7", "9003175L": "9003175", "9003175_R_v00": "9003175", "007 left (2)": "007",
                 "b": None, "12Lateral": None, "12": None, "1996-05-02L": None, "knee7L": None}
     table = tmp_path / "p.csv"
-    table.write_text("image,patient\na.png,7\n1L.png,7\n", encoding="utf-8-sig")  # as Excel saves it
+    table.write_text("image, patient\na.png, 7\n1L.png,7 \n007 left (2).png,\n", encoding="utf-8-sig")  # as Excel
     found = kneeoa.find_xrays(folder_of(tmp_path / "data", [f"0/{name}.png" for name in patients]), table)
     assert {x.path: x.patient for x in found} == {
         f"0/{name}.png": patient or f"0/{name}.png" for name, patient in patients.items()}
+
+
+@pytest.mark.parametrize("text", ["", "image,patient\n", "picture,person\na.png,7\n"])
+def test_a_patients_file_without_patients_is_refused(text, tmp_path):
+    (tmp_path / "table.csv").write_text(text)
+    with pytest.raises(KneeError, match="table.csv: no table of image,patient"):
+        kneeoa.find_xrays(folder_of(tmp_path / "data", ["0/a.png"]), tmp_path / "table.csv")
 
 
 # ---------------------------------------------------------------------------------------------- splitting
@@ -262,6 +269,13 @@ def test_a_split_that_the_folders_give_is_kept_and_told(subsets, told, tmp_path,
     assert all(x.subset == subset_of[x.path.split("/")[0]] for x in split)
 
 
+def test_folders_of_grades_beside_a_given_split_are_passed_over(tmp_path, capsys):
+    folder_of(tmp_path, knees(2, "set/train/") + knees(2, "set/val/", 100) + knees(2, "set/auto_test/", 100))
+    split, _ = kneeoa.make_split(tmp_path, 0)
+    assert len(split) == 40 and not any("auto_test" in x.path for x in split)
+    assert "passed over: 20 in other folders" in capsys.readouterr().out
+
+
 def test_without_val_it_is_taken_from_train_by_patient_and_test_is_kept(tmp_path, capsys):
     folder_of(tmp_path, knees(20, "train/") + knees(2, "test/", 100))
     split, _ = kneeoa.make_split(tmp_path, 0)
@@ -283,10 +297,11 @@ def test_pictures_in_two_given_subsets_are_refused_and_counted(name, tmp_path):
 @pytest.mark.parametrize("names, told", [
     ([], "0 data sets with folders 0 to 4.*nothing"), (["left/x.png", "right/x.png"], "left, right"),
     ([f"{g}/x.png" for g in (0, 1, 2)], r"grades \[3, 4\].*GRADES"),
-    (knees(2, "A/train/") + knees(2, "B/train/", 100), "2 data sets.*A, B"),
+    (knees(2, "A/train/") + knees(4, "B/"), "2 data sets.*A, B"),
+    (knees(4) + knees(2, "old/train/", 100), "2 data sets.*old"),
     (knees(3, "train/") + knees(3, "val/", 2), "5 patients are in two subsets"),
     ([name for name in knees(4) if name < "4/5002"], "grade 4: 2 patients"),
-], ids=["empty", "foreign", "fewer grades", "several", "patient twice", "few patients"])
+], ids=["empty", "foreign", "fewer grades", "several", "backup", "patient twice", "few patients"])
 def test_a_folder_that_cannot_be_split_is_refused_with_what_was_found(names, told, tmp_path):
     with pytest.raises(KneeError, match=told):
         kneeoa.make_split(folder_of(tmp_path, names), 0)
@@ -354,12 +369,16 @@ def test_standardize_agrees_with_sliding_windows_of_numpy(size, reach):
         assert np.allclose(standardized, wanted, atol=1e-4)
 
 
-@pytest.mark.parametrize("size, top, bottom", [(64, 18, 55), (224, 64, 192)])
-def test_crop_gives_the_joint_of_what_affine_grid_makes_of_the_whole_picture(size, top, bottom):
-    images, matrices = torch.rand(9, 1, size, size), torch.eye(2, 3) + 0.4 * torch.randn(9, 2, 3)
-    grid = F.affine_grid(matrices, (9, 1, size, size), align_corners=False)
-    whole = F.grid_sample(images, grid, padding_mode="border", align_corners=False)
-    assert torch.allclose(kneeoa.crop(images, matrices), whole[:, :, top:bottom], atol=1e-3)
+@pytest.mark.parametrize("matrix, change", [
+    ([[1, 0, 0], [0, 1, 0]], lambda x: x), ([[-1, 0, 0], [0, 1, 0]], lambda x: x.flip(3)),
+    ([[0, 1, 0], [1, 0, 0]], lambda x: x.transpose(2, 3)),
+    # Two pixels are 2 * 2 / 64. At the right edge, the last column goes on.
+    ([[1, 0, 4 / 64], [0, 1, 0]], lambda x: torch.cat((x[..., 2:], x[..., -1:], x[..., -1:]), 3)),
+    ([[1, 0, 0], [0, 1, -4 / 64]], lambda x: x.roll(2, 2)),
+], ids=["as it is", "mirrored", "turned", "to the right", "up"])
+def test_crop_shows_the_rows_of_the_joint_as_the_matrix_says(matrix, change):
+    images, matrices = torch.rand(3, 1, 64, 64), torch.tensor(matrix).float().expand(3, 2, 3)
+    assert torch.allclose(kneeoa.crop(images, matrices), change(images)[:, :, 18:55], atol=1e-4)
 
 
 def test_augmentation_turns_scales_shifts_and_mirrors_within_its_bounds():
@@ -456,7 +475,7 @@ def test_the_best_epoch_is_the_one_of_highest_validation_kappa(phantoms, tmp_pat
     best, model = kneeoa.load_checkpoint(tmp_path / "best.pt")
     assert kappas[len(best["history"]) - 1] == max(kappas) > min(kappas)
     scores = kneeoa.metrics(kneeoa.confusion_matrix(val_set.grades, answers(model, val_set)))
-    assert scores["kappa"] == pytest.approx(max(kappas))  # the weights are those of that epoch
+    assert scores["kappa"] == pytest.approx(max(kappas), abs=0.05)  # the weights are those of that epoch
 
 
 def test_the_weights_that_are_kept_are_the_ema_of_all_steps(phantoms, tmp_path, steps):
@@ -488,14 +507,16 @@ def test_a_soft_label_gives_less_to_a_grade_the_farther_away_it_is():
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 1.5])
 def test_the_temperature_makes_the_probabilities_honest(temperature):
-    greys, slopes = 3 * torch.randn(4000, 1), torch.linspace(-2, 2, 5)
-    grades = torch.multinomial((greys * slopes).softmax(1), 1)[:, 0]
+    greys, slopes, bias = 3 * torch.randn(4000, 1), torch.linspace(-2, 2, 5), torch.linspace(1, -1, 5)
+    grades = torch.multinomial((greys * slopes + bias).softmax(1), 1)[:, 0]
     model = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
     model.add_module("classifier", torch.nn.Linear(1, 5))
-    model.classifier.weight.data, model.classifier.bias.data = temperature * slopes[:, None], torch.zeros(5)
+    model.classifier.weight.data, model.classifier.bias.data = temperature * slopes[:, None], temperature * bias
     dataset = SimpleNamespace(images=greys[:, :, None, None].expand(4000, 1, 8, 8), grades=grades)
-    calibrated = kneeoa.validate(model, dataset, kneeoa.soft_labels(0.5))[1]["classifier.weight"]
-    assert torch.allclose(calibrated[:, 0], slopes, rtol=0.1)
+    calibrated = kneeoa.validate(model, dataset, kneeoa.soft_labels(0.5))[1]
+    assert torch.allclose(calibrated["classifier.weight"][:, 0], slopes, rtol=0.1)
+    assert torch.allclose(calibrated["classifier.bias"], bias, rtol=0.1)
+    assert torch.equal(model.classifier.bias, temperature * bias)  # the network itself is not changed
 
 
 def test_a_tiny_set_is_overfit(phantoms, tmp_path):
@@ -723,13 +744,14 @@ def test_tune_ranks_by_validation_tests_nothing_and_repeats_no_training(phantoms
     table, _, told = capsys.readouterr().out.rpartition("kneeoa.py train ")
     ranked = [line.split()[0] for line in table.splitlines() if line.startswith("0.0")][-3:]
     assert [kappas[lr] for lr in ranked] == sorted(kappas.values(), reverse=True)
-    assert f"--lr {ranked[0]}" in told and "--size 64" in told and "--epochs" not in told and not list(tmp_path.rglob("metrics.json"))
+    assert f"--lr {ranked[0]}" in told and "--size 64" in told and "--epochs" not in told
+    assert not list(tmp_path.rglob("metrics.json"))
 
 
 @pytest.mark.parametrize("words, told", [
-    ("train --epochs 0", "epochs 0: must be from 1 to 10000"), ("train --lr nan", "lr nan: must be"),
-    ("train --size 63", "size 63: must be"), ("train --batch 1", "batch 1: must be"),
-    ("train --width 3", "width 3: must be"), ("train --width x", "--width"), ("dance", "dance"),
+    ("train --epochs 0", "--epochs 0: must be from 1 to 10000"), ("train --lr nan", "--lr nan: must be"),
+    ("train --size 63", "--size 63: must be"), ("train --batch 1", "--batch 1: must be"),
+    ("train --width 3", "--width 3: must be"), ("train --width x", "--width"), ("dance", "dance"),
     ("train --epochs many", "--epochs"), ("train --colour red", "--colour"), ("train --data non", "non"),
     ("train --device cuda:99", "cuda:99"), ("predict x.png --run non", "non"), ("phantoms --count 59", "59")])
 def test_a_mistake_ends_in_one_line_and_status_2(words, told, capsys, tmp_path, monkeypatch):
@@ -738,7 +760,7 @@ def test_a_mistake_ends_in_one_line_and_status_2(words, told, capsys, tmp_path, 
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("name", ["nothing.png", "no*.png", "empty"])
+@pytest.mark.parametrize("name", ["nothing.png", "empty"])
 def test_predict_names_what_is_not_there_and_advises_to_remove_nothing(name, trained, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     line = error_of(capsys, "predict", tmp_path / name, "--run", trained)
@@ -759,9 +781,9 @@ def test_all_broken_pictures_are_named_in_one_line(tmp_path, capsys):
 @pytest.mark.parametrize("spoil", [
     lambda path: path.unlink(), lambda path: path.write_bytes(path.read_bytes()[:2000]),
     lambda path: torch.save({"state_dict": {}}, path), lambda path: torch.save([1, 2, 3], path),
-    lambda path: torch.save({key: torch.load(path)[key] for key in ("config", "model")}, path),
+    lambda path: shutil.copy(path.with_name("best.pt" if path.name == "last.pt" else "last.pt"), path),
     lambda path: path.write_bytes(f"cos\nsystem\n(S'touch {path}.pwned'\ntR.".encode()),  # runs a command
-], ids=["missing", "truncated", "foreign", "list", "half", "hostile"])
+], ids=["missing", "truncated", "foreign", "list", "swapped", "hostile"])
 @pytest.mark.parametrize("name", ["best.pt", "last.pt"])
 def test_a_bad_checkpoint_is_named_and_runs_no_code(spoil, name, trained, phantoms, tmp_path, capsys):
     spoil(shutil.copytree(trained, tmp_path / "run") / name)
@@ -858,12 +880,6 @@ def test_the_snippet_of_the_readme_runs(phantoms, tmp_path, monkeypatch, capsys)
     readme = PROGRAM.with_name("README.md").read_text(encoding="utf-8")
     exec(readme.split("```python")[1].split("```")[0], {})
     assert re.search(r"tensor\(\[[0-4]\]\) tensor\(\[\[", capsys.readouterr().out)
-
-
-def test_main_leaves_the_filters_of_warnings_as_they_were(trained, phantoms):
-    before = list(warnings.filters)
-    assert run("predict", next(phantoms.rglob("*.png")), "--run", trained) == 0
-    assert list(warnings.filters) == before
 
 
 # --------------------------------------------------------------------------------------------------- make
