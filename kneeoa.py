@@ -111,47 +111,14 @@ def read_xray(path, size):
     image = Image.fromarray(read_grey(path)[0])
     return np.array(ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS))
 
-# The path is relative to the data folder; subset "" means not given; KneeFolder sets the digest.
+# `find_xrays` lists the pictures of a data folder as these. The path is relative to that folder;
+# subset "" means not given; KneeFolder sets the digest.
 Xray = namedtuple("Xray", "path grade patient subset digest", defaults=["", ""])
-
-def find_xrays(folder, patients_file=None):
-    """Return the graded pictures of a data folder, a list of Xray sorted by path.
-    Folder names tell the grade (see `place_of`). The patient is looked up by file name in the
-    patients file (by default osail_patients.csv, if beside this program); else it is the number in
-    a name such as 9003175L.png; else the picture counts as a patient of its own, named by its path.
-    Raise KneeError if there is not exactly one data set."""
-    folder, table = Path(folder), Path(__file__).with_name("osail_patients.csv")
-    if not folder.is_dir():
-        raise KneeError(f"{folder}: no such folder, name that of the X-rays with --data")
-    table = patients_file or (table if table.exists() else None)
-    patients = dict(read_csv(table, "image", "patient")) if table else {}
-    places = {file: place_of(file.relative_to(folder).parts[:-1]) for file in files_below(folder)}
-    given = {data_set for data_set, subset, _ in places.values() if subset}
-    data_sets, passed_over = defaultdict(list), Counter()
-    for file, (data_set, subset, grade) in places.items():
-        # A folder of grades beside train, val and test is no part of the data set.
-        beside = not subset and not given.isdisjoint((data_set, data_set.rpartition("/")[0]))
-        if grade is None or beside:
-            passed_over["in other folders"] += 1
-        elif file.suffix.lower() not in SUFFIXES:
-            passed_over[file.suffix or "without suffix"] += 1
-        else:
-            path, match = file.relative_to(folder).as_posix(), PATIENT.match(file.name)
-            patient = patients.get(file.name) or (match[1] if match else path)
-            data_sets[data_set].append(Xray(path, grade, patient, subset))
-    if len(data_sets) != 1:
-        found = sorted(data_sets or {data_set for data_set, *_ in places.values()})
-        raise KneeError(f"{folder}: has {len(data_sets)} data sets with folders 0 to "
-                        f"{len(GRADES) - 1} (found: {', '.join(found[:9]) or 'nothing'}), name "
-                        "the folder of one")
-    if passed_over:
-        told = ", ".join(f"{n} {what}" for what, n in sorted(passed_over.items()))
-        print(f"passed over: {told}"[:79])
-    return sorted(data_sets.popitem()[1])
 
 # ---------------------------------------- splitting
 # Two pictures of one patient look alike. With one in training and one in the test subset (data
 # leakage), a network scores by recognizing the patient. So we split patients, not pictures.
+# `make_split` calls this, unless the folders give a split, which it checks.
 
 def split_by_patient(xrays, seed, shares=SUBSETS):
     """Return the pictures with their subsets set: split by patient, stratified by grade.
@@ -178,31 +145,6 @@ def split_by_patient(xrays, seed, shares=SUBSETS):
         subset_of[patient] = min(fullness, key=fullness.get)
         filled[subset_of[patient]].update(grades)
     return [x._replace(subset=subset_of[x.patient]) for x in xrays]
-
-def check_leakage(where, what, pairs):
-    """Raise KneeError if a name occurs with two subsets in pairs (name, subset)."""
-    leaked = sorted(name for name, n in Counter(name for name, _ in set(pairs)).items() if n > 1)
-    if leaked:
-        raise KneeError(f"{where}: {len(leaked)} {what} are in two subsets, move each into one: "
-                        f"{', '.join(leaked[:4])}")
-
-def make_split(folder, seed, patients_file=None):
-    """Return (xrays with their subsets, notes of `inspect_xrays`). Keep a split that the folders
-    give, else make one. Raise KneeError if one cannot be made, or a given one has leakage."""
-    xrays, notes = inspect_xrays(folder, find_xrays(folder, patients_file))
-    given = [subset for subset in SUBSETS if any(x.subset == subset for x in xrays)]
-    train = [x for x in xrays if x.subset in ("", "train")]
-    missing = sorted(set(range(len(GRADES))) - {x.grade for x in train})
-    if missing:
-        raise KneeError(f"{folder}: no pictures of grades {missing} to train on, add some or "
-                        "change GRADES in kneeoa.py")
-    print("layout:", f"{', '.join(given)} as the folders give them" if given else "by grade")
-    if "val" not in given:
-        print("split by patient:", "val, taken from train" if given else ", ".join(SUBSETS))
-        shares = {"train": 0.85, "val": 0.15} if given else SUBSETS
-        test = [x for x in xrays if x.subset == "test"]
-        xrays = sorted(split_by_patient(train, seed, shares) + test)
-    return xrays, notes
 
 # ---------------------------------------- input
 # Exposure says nothing about the joint, so `standardize` removes it. Angle, distance and side say
@@ -451,8 +393,8 @@ def resume(run, origin, state):
 
 # ---------------------------------------- training
 # Show a batch, measure the error, move each weight a little to where the error is smaller: that is
-# the loop of `train`. The validation subset, not the test subset, chooses the epoch. Training
-# accuracy is of augmented pictures, with dropout: it may be below that of validation.
+# the loop of `train`. The validation subset, not the test subset, chooses the epoch: later ones may
+# overfit. Training accuracy is of augmented pictures, with dropout: it may be below validation's.
 
 def soft_labels(softness, device="cpu"):
     """Return (5, 5): row g is the label of grade g, softmax(-distance^2 / softness). Radiologists
@@ -688,16 +630,17 @@ def command_plot(args):
     save(args.run / "report.png", figure)
     print(f"\ndrawn: {args.run / 'report.png'}")
 
-# ---------------------------------------- files and machine
+# ---------------------------------------- data folders
+# DATA/0 ... DATA/4 are split by patient. DATA/train/0 ..., DATA/val, DATA/test are kept, unless a
+# patient or a picture is in two of them.
 
 HIDDEN = (".", "@", "__MACOSX")  # so begin the names of thumbnails and the like
 GRADE_WORDS = {"normal": 0, "mild": 2} | {name: grade for grade, name in enumerate(GRADES)}
 SUBSET_WORDS = {"training": "train", "valid": "val", "validation": "val"} | {s: s for s in SUBSETS}
 
 def place_of(folders):
-    """Return (data set, subset, grade) that the folders of a file tell: for kneeKL224/train/3,
-    ("kneeKL224", "train", 3). 3Mild, KL3, grade_3 and moderate are grade 3; None if none tells it.
-    """
+    """Return (data set, subset, grade) that the folders of a file tell: ("kneeKL224", "train", 3)
+    for kneeKL224/train/3. KL3, 3Mild, grade_3 and moderate are grade 3, others may be None."""
     for i, name in enumerate(folders):
         number = re.match(r"(?:(?:kl|grade|class)[ _-]*)*(\d+)", name, re.I)
         grade = int(number[1]) if number else GRADE_WORDS.get(name.lower())
@@ -713,6 +656,48 @@ def files_below(folder):
         folders[:] = [name for name in folders if not name.startswith(HIDDEN)]
         files += [Path(parent, name) for name in names if not name.startswith(HIDDEN)]
     return sorted(files)
+
+def find_xrays(folder, patients_file=None):
+    """Return the graded pictures of a data folder, a list of Xray sorted by path.
+    Folder names tell the grade and the subset. The patient is looked up by file name in the
+    patients file (by default osail_patients.csv, if beside this program); else it is the number in
+    a name such as 9003175L.png; else the picture counts as a patient of its own, named by its path.
+    Raise KneeError if there is not exactly one data set."""
+    folder, table = Path(folder), Path(__file__).with_name("osail_patients.csv")
+    if not folder.is_dir():
+        raise KneeError(f"{folder}: no such folder, name that of the X-rays with --data")
+    table = patients_file or (table if table.exists() else None)
+    patients = dict(read_csv(table, "image", "patient")) if table else {}
+    places = {file: place_of(file.relative_to(folder).parts[:-1]) for file in files_below(folder)}
+    given = {data_set for data_set, subset, _ in places.values() if subset}
+    data_sets, passed_over = defaultdict(list), Counter()
+    for file, (data_set, subset, grade) in places.items():
+        # A folder of grades beside train, val and test is no part of the data set.
+        beside = not subset and not given.isdisjoint((data_set, data_set.rpartition("/")[0]))
+        if grade is None or beside:
+            passed_over["in other folders"] += 1
+        elif file.suffix.lower() not in SUFFIXES:
+            passed_over[file.suffix or "without suffix"] += 1
+        else:
+            path, match = file.relative_to(folder).as_posix(), PATIENT.match(file.name)
+            patient = patients.get(file.name) or (match[1] if match else path)
+            data_sets[data_set].append(Xray(path, grade, patient, subset))
+    if len(data_sets) != 1:
+        found = sorted(data_sets or {data_set for data_set, *_ in places.values()})
+        raise KneeError(f"{folder}: has {len(data_sets)} data sets with folders 0 to "
+                        f"{len(GRADES) - 1} (found: {', '.join(found[:9]) or 'nothing'}), name "
+                        "the folder of one")
+    if passed_over:
+        told = ", ".join(f"{n} {what}" for what, n in sorted(passed_over.items()))
+        print(f"passed over: {told}"[:79])
+    return sorted(data_sets.popitem()[1])
+
+def check_leakage(where, what, pairs):
+    """Raise KneeError if a name occurs with two subsets in pairs (name, subset)."""
+    leaked = sorted(name for name, n in Counter(name for name, _ in set(pairs)).items() if n > 1)
+    if leaked:
+        raise KneeError(f"{where}: {len(leaked)} {what} are in two subsets, move each into one: "
+                        f"{', '.join(leaked[:4])}")
 
 def inspect_xrays(folder, xrays):
     """Return (xrays without duplicates, notes), and print the notes: duplicates and odd pictures.
@@ -746,6 +731,26 @@ def inspect_xrays(folder, xrays):
     for note in notes:
         print(note[:79])  # notes.json has all the names
     return sorted(kept), notes
+
+def make_split(folder, seed, patients_file=None):
+    """Return (xrays with their subsets, notes of `inspect_xrays`). Keep a split that the folders
+    give, else make one."""
+    xrays, notes = inspect_xrays(folder, find_xrays(folder, patients_file))
+    given = [subset for subset in SUBSETS if any(x.subset == subset for x in xrays)]
+    train = [x for x in xrays if x.subset in ("", "train")]
+    missing = sorted(set(range(len(GRADES))) - {x.grade for x in train})
+    if missing:
+        raise KneeError(f"{folder}: no pictures of grades {missing} to train on, add some or "
+                        "change GRADES in kneeoa.py")
+    print("layout:", f"{', '.join(given)} as the folders give them" if given else "by grade")
+    if "val" not in given:
+        print("split by patient:", "val, taken from train" if given else ", ".join(SUBSETS))
+        shares = {"train": 0.85, "val": 0.15} if given else SUBSETS
+        test = [x for x in xrays if x.subset == "test"]
+        xrays = sorted(split_by_patient(train, seed, shares) + test)
+    return xrays, notes
+
+# ---------------------------------------- files and machine
 
 def on_all_cores(function, items, title):
     """Return [function(item) for item in items], by threads. Raise one KneeError for all errors."""
@@ -974,10 +979,6 @@ COMMANDS = {"split": command_split, "train": command_train, "evaluate": command_
             "plot": command_plot, "predict": command_predict, "tune": command_tune,
             "phantoms": command_phantoms}
 
-OPTIONS = {"--data": "the X-rays (the folder data, else phantoms)",
-           "--run": "what a run leaves (runs/ and the name of the data)",
-           "--patients": "CSV file image,patient (osail_patients.csv)"}
-
 def parse(argv):
     """Return the parsed command line."""
     def fail(message):  # argparse would print its usage, too, in which the one line drowns
@@ -992,8 +993,9 @@ def parse(argv):
         command = commands.add_parser(name, help=function.__doc__.splitlines()[0],
                                       description=function.__doc__)
         command.error = fail
-        for option, meaning in OPTIONS.items():
-            command.add_argument(option, type=Path, help=meaning)
+        command.add_argument("--data", type=Path, help="X-rays (the folder data, else phantoms)")
+        command.add_argument("--run", type=Path, help="results (runs/ and the name of the data)")
+        command.add_argument("--patients", type=Path, help="table image,patient (OSAIL's own)")
         command.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:1")
         if name == "predict":
             command.add_argument("images", type=Path, nargs="+", help="files or folders")
