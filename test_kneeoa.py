@@ -166,7 +166,7 @@ def test_negatives_wide_and_grey_pictures_are_counted(words, trained, tmp_path, 
     shutil.copytree(trained, "run")
     folder_of(Path("data"), knees(4))
     put(Path("data/0/dark.png"), 255 - np.asarray(Image.open(put(Path("bright.png")))))
-    put(Path("data/1/both.png"), np.tile(TENT, (1, 2)))
+    put(Path("data/1/both.png"), np.hstack((TENT[:20, 25:], TENT[:20, :25])))  # dark between two knees
     put(Path("data/2/blank.png"), np.full((40, 40), 77))
     assert run(*words.split()) == 0
     out = capsys.readouterr().out
@@ -642,6 +642,8 @@ def test_a_run_leaves_the_files_and_columns_that_are_promised(trained):
     assert set(result) == {"n", "accuracy", "balanced_accuracy", "kappa", "mae", "recall", "confusion",
                            "majority_accuracy", "intervals", "subset", "epoch", "parameters"}
     assert result["accuracy"] == np.mean([row["grade"] == row["predicted"] for row in predictions])
+    best = max(rows(trained / "history.csv"), key=lambda row: (float(row["val_kappa"]), -float(row["val_loss"])))
+    assert result["epoch"] == int(best["epoch"])
     assert not list(trained.glob("*.part*"))
 
 
