@@ -175,8 +175,13 @@ def crop(images, matrices):
     """Resample pictures (N, 1, S, S) to the joint's rows, float (N, 1, 4/7 S, S).
     `matrices` (N, 2, 3): the new pixel at (x, y) shows what is at matrix @ (x, y, 1) in the
     picture, counted from -1 to 1, right and down. Outside, the nearest edge pixel is shown."""
-    grid = F.affine_grid(matrices, images.shape, align_corners=False)  # (N, S, S, 2)
-    grid = grid[:, joint_rows(images.shape[-1])]  # (N, 4/7 S, S, 2)
+    size, rows = images.shape[-1], joint_rows(images.shape[-1])
+    height, middle = rows.stop - rows.start, (rows.start + rows.stop) / size - 1
+    # A y from -1 to 1 over the joint's rows is middle + height / size * y over the picture.
+    matrices = matrices.clone()
+    matrices[:, :, 2] += middle * matrices[:, :, 1]
+    matrices[:, :, 1] *= height / size
+    grid = F.affine_grid(matrices, (len(images), 1, height, size), align_corners=False)
     return F.grid_sample(images.float(), grid, padding_mode="border", align_corners=False)
 
 def augment(images, strength=1.0):
