@@ -1,1052 +1,1451 @@
-"""kneeoa: grade knee osteoarthritis from X-rays with a convolutional network.
+"""Grade knee osteoarthritis from X-rays with a convolutional network.
 
-    python kneeoa.py train                  # split, train and evaluate phantoms
-    python kneeoa.py plot                   # draw that run: report.png
-    python kneeoa.py train --data my_xrays  # X-rays, my_xrays/0 ... my_xrays/4
-    python kneeoa.py predict knee.png --run runs/my_xrays
+    python phantoms.py phantoms             # draw 1,000 knees to try all this with
+    python kneeoa.py train --data phantoms  # split, train and evaluate
+    python kneeoa.py plot --data phantoms   # draw the run: runs/phantoms/report.png
+    python kneeoa.py predict knee.png --run runs/phantoms
 
-The Kellgren-Lawrence (KL) scale (Kellgren and Lawrence, 1957) grades a knee
-from 0 (none) to 4 (severe). Phantoms are drawn knees, to try all of this with.
-Read this file from top to bottom. What follows the testing is support code.
+The Kellgren-Lawrence (KL) scale (Kellgren and Lawrence, 1957) grades a knee from
+0 (none) to 4 (severe). On its way to a grade, an image goes through six steps:
 
-Measured at commit bd1c022 on the 1,656 test knees of Chen's public set, seeds
-0 and 1: accuracy .700 and .709, quadratic weighted kappa .854 and .854 (see
-README.md). This is no medical device. SPDX-License-Identifier: MIT
+    image file         -> a square of greys     (224, 224)        read_xray
+    greys              -> standardized image    (1, 224, 224)     standardize
+    standardized image -> rows of the joint     (1, 128, 224)     crop
+    rows of the joint  -> features, logits      (384,), (5,)      KneeNet
+    logits             -> five probabilities    (5,)              predict
+    probabilities      -> grade                 0, 1, 2, 3 or 4   decide
+
+Read this file from top to bottom. The lesson ends with "looking"; data folders,
+files and commands follow. This is no medical device. SPDX-License-Identifier: MIT
 """
 
 import argparse
 import csv
-import hashlib
+import inspect
 import io
 import itertools
 import json
+import math
 import os
+import random
 import re
 import sys
 import time
 from collections import Counter, defaultdict, namedtuple
-from dataclasses import asdict, astuple, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
-from PIL import Image, ImageFilter, ImageOps
+from PIL import Image, ImageOps, PngImagePlugin
 from torch import nn
 from tqdm import tqdm
 from tqdm.contrib.concurrent import thread_map
 
-# For hips, hands or chests, change these four first. README.md lists the rest.
-GRADES = ("none", "doubtful", "minimal", "moderate", "severe")  # the names of grades 0 to 4
-PATIENT = re.compile(r"(\d+)[ _-]?(L|R|left|right)(?![a-z])", re.I)  # 9003175L.png: 9003175
-JOINT = (2 / 7, 6 / 7)  # the rows that the network sees: 64 to 192 of 224
-SUBSETS = {"train": 0.70, "val": 0.15, "test": 0.15}  # share of the pictures
+GRADES = ("none", "doubtful", "minimal", "moderate", "severe")  # grades 0 to 4
+
 
 class KneeError(Exception):
-    """A user's mistake, which any function below may raise. `main` prints it as one line."""
+    """Raised by any function when the user made a mistake. `main` prints its one line."""
 
-# ---------------------------------------- settings
-# What changes from run to run. The command line is made from these fields. EXPERIMENTS.md has the
-# measurements behind the defaults.
 
-def setting(default, low, high, meaning):
-    return field(default=default, metadata={"range": (low, high), "meaning": meaning})
+# ------------------------------------------------------------------------- settings
+# Every number that was tuned stands here; EXPERIMENTS.md has the measurements. Each
+# field is an option of the command line: `--batch 64`.
 
-@dataclass(frozen=True)
+
+@dataclass
 class Config:
-    """Hold the settings of a run, each within its range."""
+    """Hold the settings of a run."""
 
-    size: int = setting(224, 64, 1024, "side of the square pictures, in pixels")
-    batch: int = setting(64, 2, 4096, "pictures per step; small sets take fewer")
-    epochs: int = setting(30, 1, 10_000, "passes over the training subset")
-    lr: float = setting(3e-3, 1e-6, 1.0, "peak learning rate")
-    weight_decay: float = setting(0.02, 0.0, 1.0, "weight decay of AdamW")
-    dropout: float = setting(0.3, 0.0, 0.95, "share of features dropped before the last layer")
-    width: int = setting(32, 4, 256, "channels of the first stage; the last has six times as many")
-    softness: float = setting(0.5, 0.0, 2.0, "spread of the soft labels, 0: hard labels")
-    augment: float = setting(1.0, 0.0, 3.0, "strength of the augmentation, 0: mirroring alone")
-    seed: int = setting(0, 0, 2**31 - 1, "of split, initial weights, order and augmentation")
+    size: int = 224  # side of the square images, in pixels
+    batch: int = 32  # images per step
+    epochs: int = 20  # passes over the training subset
+    lr: float = 3e-3  # peak learning rate
+    warmup: float = 0.25  # share of the steps while the learning rate rises
+    weight_decay: float = 0.02  # pulls the weights toward 0 (AdamW)
+    dropout: float = 0.3  # share of the features set to 0 before the last layer
+    width: int = 32  # channels of the first stage; the last has six times more
+    rotate: float = 12.0  # augmentation: by at most so many degrees
+    scale: float = 0.17  # augmentation: at most e^.17 = 1.19 times larger
+    stretch: float = 0.085  # augmentation: at most e^.085 = 1.09 times wider
+    shift: float = 0.085  # augmentation: by at most this share of the side
+    seed: int = 0  # for the split, the initial weights, the order, augmentation
+    weights: str = ""  # a checkpoint to start from (fine-tuning)
 
-    def __post_init__(self):
-        for f in fields(self):
-            value, (low, high) = getattr(self, f.name), f.metadata["range"]
-            if not low <= value <= high:  # NaN fails, too
-                name = f.name.replace("_", "-")
-                raise KneeError(f"--{name} {value}: must be from {low} to {high}")
 
-# ---------------------------------------- reading
-# A picture that is read wrongly raises no error; the network just learns less from it. So every
-# kind of file becomes the same thing here: a square of grey bytes, upright, with bright bone.
+# -------------------------------------------------------------------------- reading
+# An image that is read wrongly raises no error: the network just learns less from
+# it. So every kind of file becomes the same thing here: a square of grey bytes,
+# upright, with bright bone.
 
-FORMATS = ["PNG", "JPEG", "TIFF", "BMP", "WEBP", "GIF"]
-SUFFIXES = {".png", ".jpg", ".jpeg", ".jfif", ".tif", ".tiff", ".bmp", ".webp", ".gif"}
-WIDE = 1.9  # a picture wider than this many heights shows both knees
+FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "WEBP", "GIF")
+PngImagePlugin.MAX_TEXT_CHUNK = 2**30  # a long comment in a file does no harm
+PngImagePlugin.MAX_TEXT_MEMORY = 2**30
+
 
 def read_grey(path):
-    """Return (picture, whether it was a negative): uint8 (height, width), upright, bone bright."""
+    """Return an image file as uint8 (H, W). Raise KneeError if it is unreadable."""
     try:
         with Image.open(path, formats=FORMATS) as image:
-            image = ImageOps.exif_transpose(image)
-            if image.mode[0] not in "IF":
-                grey = np.asarray(image.convert("L"))
-            else:  # 16 bits or floats: convert("L") would clip all above 255 to white
-                grey = np.nan_to_num(np.asarray(image, np.float64))
-                # Percentiles keep a few burnt-out pixels from setting the scale.
-                grey = np.uint8(np.interp(grey, np.percentile(grey, (0.5, 99.5)), (0, 255)))
-    except Exception as error:  # Pillow raises a dozen kinds on damaged or hostile files
-        raise KneeError(f"{path}: not readable as a picture ({error}), check it") from error
-    # In a negative, the outer columns, mostly air, are brighter than the middle. Where a picture
-    # shows both knees, its middle is air, too.
-    height, width = grey.shape
-    edge, quarter = max(1, width // 14), width // 4
-    outer = np.concatenate((grey[:, :edge], grey[:, -edge:]), 1)
-    middle = grey[:, quarter : width - quarter]
-    negative = width <= WIDE * height and outer.mean() > middle.mean()
-    return (255 - grey if negative else grey), negative
+            image = upright(image)
+            if image.mode[0] not in "IF":  # neither 16-bit integers nor floats
+                return np.asarray(image.convert("L"))
+            deep = np.nan_to_num(np.asarray(image, np.float64))
+    except Exception as error:  # Pillow raises a dozen kinds on damaged files
+        raise KneeError(f"{path}: is unreadable ({reason(path, error)})") from error
+
+    # convert("L") would clip all above 255 to white. Percentiles keep a few burnt-out
+    # pixels from setting the scale.
+    low, high = np.percentile(deep, (0.5, 99.5))
+    return np.uint8(np.interp(deep, (low, high), (0, 255)))
+
+
+def reason(path, error):
+    """Return why an image file is unreadable."""
+    if Path(path).is_file() and b"ftyp" in Path(path).read_bytes()[:12]:
+        return "it is HEIC, the format of iPhones: save it as PNG"
+    return error
+
+
+def upright(image):
+    """Rotate an image as its EXIF data say."""
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # broken EXIF data: nothing says which side is up
+        return image
+
+
+def is_wide(grey):
+    """Return whether a grey image (H, W) is so wide that it probably shows both knees."""
+    return grey.shape[1] > 1.9 * grey.shape[0]
+
+
+def is_negative(grey):
+    """Return whether a grey image (H, W) has dark bone, as an inverted film has.
+
+    Air is dark and lies at the sides of a knee. In a negative, the outer columns are
+    brighter than the middle. A column of one grey is no air but a margin that some
+    program added, so it does not count. Between two knees there is air, too: an image
+    of both is never taken for a negative.
+    """
+    brightness = grey.mean(0)[np.ptp(grey, axis=0) > 0]  # of the columns
+    n = len(brightness)
+    if n < 14 or is_wide(grey):
+        return False
+    outer = np.concatenate((brightness[: n // 14], brightness[-(n // 14) :]))
+    middle = brightness[n // 4 : -(n // 4)]
+    return bool(outer.mean() > middle.mean())
+
+
+def to_square(grey, size):
+    """Return the middle square of a grey image as uint8 (size, size), bone bright."""
+    if is_negative(grey):
+        grey = 255 - grey
+    # Never stretch an image: the grade depends on the width of the joint space.
+    square = ImageOps.fit(Image.fromarray(grey), (size, size), Image.Resampling.LANCZOS)
+    return np.array(square)
+
 
 def read_xray(path, size):
-    """Return the middle square of a picture, resized, as uint8 (size, size). Raise KneeError if it
-    is unreadable. Never stretch a picture: grades depend on the width of the joint space."""
-    image = Image.fromarray(read_grey(path)[0])
-    return np.array(ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS))
+    """Return an X-ray as uint8 (size, size). Raise KneeError if it is unreadable."""
+    return to_square(read_grey(path), size)
 
-# `find_xrays` lists the pictures of a data folder as these. The path is relative to that folder;
-# subset "" means not given; KneeFolder sets the digest.
-Xray = namedtuple("Xray", "path grade patient subset digest", defaults=["", ""])
 
-# ---------------------------------------- splitting
-# Two pictures of one patient look alike. With one in training and one in the test subset (data
-# leakage), a network scores by recognizing the patient. So we split patients, not pictures.
-# `make_split` calls this, unless the folders give a split, which it checks.
+# ------------------------------------------------------------------ standardization
+# Exposure says nothing about the joint, so we take it out.
 
-def split_by_patient(xrays, seed, shares=SUBSETS):
-    """Return the pictures with their subsets set: split by patient, stratified by grade.
-    Greedy: give each patient to the subset that is furthest below its quota for the patient's
-    grades. A hash decides the order, so the split is the same on every machine. Raise KneeError if
-    a grade has fewer patients than there are subsets."""
-    total, grades_of = Counter(x.grade for x in xrays), defaultdict(list)
-    for xray in xrays:
-        grades_of[xray.patient].append(xray.grade)
-    patients = Counter(grade for grade, _ in {(x.grade, x.patient) for x in xrays})
-    for grade, count in sorted(patients.items()):
-        if count < len(shares):
-            raise KneeError(f"grade {grade}: {count} patients for {len(shares)} subsets, add some")
-
-    def order(patient):  # the rarest grades first, while every subset has room for them
-        digest = hashlib.sha256(f"{seed}/{patient}".encode("utf-8", "surrogateescape")).digest()
-        return min(total[grade] for grade in grades_of[patient]), digest
-
-    filled, subset_of = {subset: Counter() for subset in shares}, {}
-    for patient in sorted(grades_of, key=order):
-        grades = grades_of[patient]
-        fullness = {subset: sum(filled[subset][g] / (share * total[g]) for g in grades)
-                    for subset, share in shares.items()}
-        subset_of[patient] = min(fullness, key=fullness.get)
-        filled[subset_of[patient]].update(grades)
-    return [x._replace(subset=subset_of[x.patient]) for x in xrays]
-
-# ---------------------------------------- input
-# Exposure says nothing about the joint, so `standardize` removes it. Angle, distance and side say
-# nothing either, so they are varied in training: augmentation.
 
 def standardize(images):
-    """Turn greys from 0 to 255, (N, 1, S, S), into float of about mean 0, deviation 1.
-    Local contrast normalization (Jarrett et al., 2009): subtract the mean around each pixel, divide
-    by the deviation, in part by that around it. A faint spur on black gains most."""
-    reach = max(1, round(2 / 224 * images.shape[-1]))  # 2: a square of 5 x 5 pixels
+    """Turn greys (N, 1, S, S) from 0 to 255 into floats of mean 0 and deviation 1.
 
-    def around(x):  # the mean of a square, twice, so that near pixels count most
-        for _ in range(2):
-            x = F.avg_pool2d(x, 2 * reach + 1, 1, reach, count_include_pad=False)
-        return x
+    Subtract the mean around each pixel (local contrast, Jarrett et al., 2009): broad
+    light and shadow go, edges and spurs stay. Then divide by the standard deviation.
+    """
+    images = images.float()
+    reach = max(1, round(2 / 224 * images.shape[-1]))  # 2 of 224: squares of 5 x 5
+    around = images
+    for _ in range(2):  # the mean of means: near pixels count most
+        around = F.avg_pool2d(around, 2 * reach + 1, 1, reach, count_include_pad=False)
+    detail = images - around
+    deviation = detail.square().mean((2, 3), keepdim=True).sqrt()  # (N, 1, 1, 1)
+    return detail / (deviation + 1)  # + 1: an empty image is not divided by 0
 
-    detail = images.float() - around(images.float())
-    variance = around(detail.square())
-    # Part of the divisor is that of the whole picture, or flat background would become noise.
-    whole = variance.mean((2, 3), keepdim=True)
-    return detail / (0.35 * variance.sqrt() + 0.65 * whole.sqrt() + 1)  # + 1: never 0 / 0
 
-def joint_rows(size):
-    """Return the joint's rows in a picture of `size` rows, as a slice."""
-    return slice(round(JOINT[0] * size), round(JOINT[1] * size))
+# ------------------------------------------------------------------------- data set
+# Decoding a PNG takes longer than training on it. So each image is decoded and
+# standardized once, and stays in memory: 5,778 images take 580 MB as float16.
 
-def crop(images, matrices):
-    """Resample pictures (N, 1, S, S) to the joint's rows, float (N, 1, 4/7 S, S).
-    `matrices` (N, 2, 3): the new pixel at (x, y) shows what is at matrix @ (x, y, 1) in the
-    picture, counted from -1 to 1, right and down. Outside, the nearest edge pixel is shown."""
-    size, rows = images.shape[-1], joint_rows(images.shape[-1])
-    height, middle = rows.stop - rows.start, (rows.start + rows.stop) / size - 1
-    # A y from -1 to 1 over the joint's rows is middle + height / size * y over the picture.
-    matrices = matrices.clone()
-    matrices[:, :, 2] += middle * matrices[:, :, 1]
-    matrices[:, :, 1] *= height / size
-    grid = F.affine_grid(matrices, (len(images), 1, height, size), align_corners=False)
-    return F.grid_sample(images.float(), grid, padding_mode="border", align_corners=False)
+# What is known of an image: its path below the data folder, its grade, its patient,
+# and its subset: "train", "val", "test", or "" if it has none.
+Xray = namedtuple("Xray", "path grade patient subset")
+NEGATIVE = "negatives (dark bone), inverted"
+WIDE = "very wide: of both knees?"
 
-def augment(images, strength=1.0):
-    """Mirror, rotate (by up to 12 degrees), scale (17 %), stretch (9 %) and shift (8.5 %) pictures
-    (N, 1, S, S) at random and `crop` them. `strength` multiplies all but the mirroring."""
-    drawn = 2 * torch.rand(6, len(images), device=images.device) - 1  # from -1 to 1
-    angle, shrink, stretch, right, down = strength * drawn[:5]
-    angle, mirror = angle * (12 / 180 * np.pi), torch.where(drawn[5] < 0, -1.0, 1.0)
-    scale_y = torch.exp(0.17 * shrink)
-    scale_x = torch.exp(0.085 * stretch) * scale_y
-    cos, sin = angle.cos(), angle.sin()
-    matrices = torch.stack((scale_x * cos * mirror, -scale_x * sin, 0.17 * right,  # 8.5 % of 2
-                            scale_y * sin * mirror, scale_y * cos, 0.17 * down), 1)
-    return crop(images, matrices.view(-1, 2, 3))
-
-# Test-time augmentation (TTA): the picture nearly as it is, smaller, larger, and moved 2.5 % (0.05
-# of 2, from -1 to 1) toward each corner. The first is 1 % smaller: that blurs it a little, as
-# augmentation does, and the network grades such pictures better (EXPERIMENTS.md).
-TTA = torch.tensor([[[scale, 0, right], [0, scale, down]] for scale, right, down in (
-    (1.01, 0, 0), (1.05, 0, 0), (0.95, 0, 0), (1, 0.05, 0.05), (1, -0.05, 0.05), (1, 0.05, -0.05),
-    (1, -0.05, -0.05))])  # (7, 2, 3)
-
-# ---------------------------------------- data set
-# Beside a GPU, decoding a PNG takes longer than training on it. So each picture is decoded and
-# standardized once and stays in memory, on the GPU if there is one: 5,778 pictures take 580 MB.
 
 class KneeFolder(torch.utils.data.Dataset):
-    """Hold standardized pictures as float16 (N, 1, S, S) and their grades as int64 (N,).
-    `dataset[index]` is (pictures as float32, grades), for an int, a slice, or a tensor of numbers,
-    which reads a whole batch. A DataLoader works too."""
+    """Hold the X-rays of a folder in memory.
 
-    def __init__(self, folder, xrays=None, size=Config.size, device="cpu"):
-        xrays = find_xrays(folder) if xrays is None else xrays
-        self.images = torch.empty(len(xrays), 1, size, size, dtype=torch.float16, device=device)
+    xrays       list of N Xray; `find_xrays` makes it
+    images      float16 (N, 1, S, S), standardized
+    grades      int64 (N,)
+    thumbnails  float32 (N, 1024), to find copies
+    copies      pairs of numbers i < j of images that are copies
+    notes       lines about odd images, to be printed
+
+    `dataset[index]` is (images, grades), for an int, a slice or a tensor of numbers.
+    Raise one KneeError that names all images that are unreadable.
+    """
+
+    def __init__(self, folder, xrays, size=Config.size, device="cpu"):
+        n = len(xrays)
+        self.xrays = xrays
+        self.images = torch.empty(n, 1, size, size, dtype=torch.float16, device=device)
         self.grades = torch.tensor([x.grade for x in xrays], device=device)
+        self.thumbnails = torch.empty(n, 1024)
 
-        def load(i):
-            grey = torch.from_numpy(read_xray(Path(folder, xrays[i].path), size))  # uint8 (S, S)
-            self.images[i] = standardize(grey[None, None])[0]
-            # A checkpoint remembers its pictures by the hash of their pixels.
-            return xrays[i]._replace(digest=hashlib.sha256(grey.numpy()).hexdigest())
+        def load(i):  # and return what is odd, or an error
+            try:
+                grey = read_grey(Path(folder, xrays[i].path))
+            except KneeError as error:
+                return error
+            square = torch.from_numpy(to_square(grey, size))  # (S, S)
+            image = standardize(square[None, None])  # (1, 1, S, S)
+            self.images[i] = image[0]
+            self.thumbnails[i] = shrink(image)[0]
+            if is_negative(grey):
+                return NEGATIVE
+            return WIDE if is_wide(grey) else ""
 
-        self.xrays = on_all_cores(load, range(len(xrays)), "decode")
+        workers = torch.get_num_threads()
+        odd = thread_map(load, range(n), max_workers=workers, desc="read", leave=False)
+        errors = [str(error) for error in odd if isinstance(error, KneeError)]
+        if errors:
+            raise KneeError("; ".join(errors))
+        copies = find_copies(self.thumbnails, self.thumbnails)
+        self.copies = [(i, j) for i, j in copies if i < j]
+        self.notes = []
+        for what in (NEGATIVE, WIDE):
+            if what in odd:
+                self.notes.append(f"{odd.count(what)} images are {what}")
+        if self.copies:
+            one, other = (xrays[i].path for i in self.copies[0])
+            count = len(self.copies)
+            self.notes.append(f"{count} pairs of images are copies: {one}, {other}")
 
     def __len__(self):
         return len(self.images)
 
     def __getitem__(self, index):
-        return self.images[index].float(), self.grades[index]
+        return self.images[index], self.grades[index]
 
-# ---------------------------------------- network
-# A radiologist looks for local signs: a narrow joint space, spurs at the margins (osteophytes),
-# bright bone under the joint (sclerosis). Convolutions find such signs wherever they are; pooling
-# forgets where exactly. A knee is nearly its own mirror image: the same filters read both halves.
+    def subset(self, name):
+        """Return a data set of the images of a subset. Nothing is copied."""
+        numbers = [i for i, x in enumerate(self.xrays) if x.subset == name]
+        numbers = torch.tensor(numbers, device=self.images.device)
+        return torch.utils.data.Subset(self, numbers)
+
+
+# ------------------------------------------------------------------------- splitting
+# Two knees of a patient look alike, and so do two copies of an image. With one in
+# training and one in the test subset (data leakage), a network scores by recognizing
+# the patient. So we split patients, not images, and copies are of one patient.
+
+SHARES = {"train": 0.70, "val": 0.15, "test": 0.15}
+COPY = 0.8  # measured: different knees reach .70; resized JPEG copies at least .84
+
+
+def shrink(images):
+    """Return thumbnails (N, 1024), of mean 0 and length 1, of images (N, 1, S, S)."""
+    small = F.adaptive_avg_pool2d(images, 32).flatten(1)
+    return F.normalize(small - small.mean(1, keepdim=True))
+
+
+def find_copies(thumbnails, others):
+    """Return pairs (i, j): thumbnail i of (N, 1024) is a copy of other j of (M, 1024).
+
+    The product of two thumbnails is their correlation: 1 for equal images, about 0 for
+    unlike ones. Above .8, plain or mirrored, they are copies: resized, darkened or
+    saved as JPEG. A copy that was moved by 3 pixels or rotated may be missed.
+    """
+    mirrored = others.view(-1, 32, 32).flip(2).flatten(1)
+    pairs = []
+    for start in range(0, len(thumbnails), 1000):  # in blocks, to save memory
+        block = thumbnails[start : start + 1000]
+        correlation = torch.maximum(block @ others.T, block @ mirrored.T)
+        for i, j in (correlation > COPY).nonzero().tolist():
+            pairs.append((start + i, j))
+    return pairs
+
+
+def split_by_patient(xrays, seed, shares=SHARES):
+    """Return the X-rays with subsets: split by patient, stratified by grade.
+
+    Each patient goes to the subset that is furthest below its share of the patient's
+    grades. The same names, grades and seed give the same split on every machine.
+    Raise KneeError if a grade has fewer patients than there are subsets.
+    """
+    total = Counter(x.grade for x in xrays)
+    grades_of = defaultdict(list)  # patient -> grades of the patient's images
+    patients_of = defaultdict(set)  # grade -> patients
+    for x in xrays:
+        grades_of[x.patient].append(x.grade)
+        patients_of[x.grade].add(x.patient)
+    for x in xrays:
+        if len(patients_of[x.grade]) < len(shares):
+            raise KneeError(
+                f"grade {x.grade} has too few patients to split ({x.path} was read as "
+                f"of patient {x.patient}): add images, or name the patients: --patients"
+            )
+
+    patients = sorted(grades_of)
+    random.Random(seed).shuffle(patients)
+    # The rarest grades first, while every subset has room. Equals stay shuffled.
+    patients.sort(key=lambda patient: min(total[g] for g in grades_of[patient]))
+
+    filled = {subset: Counter() for subset in shares}
+    subset_of = {}
+    for patient in patients:
+        fullness = Counter()
+        for subset, share in shares.items():
+            for grade in grades_of[patient]:
+                fullness[subset] += filled[subset][grade] / (share * total[grade])
+        subset = min(shares, key=fullness.get)
+        subset_of[patient] = subset
+        filled[subset].update(grades_of[patient])
+    return [x._replace(subset=subset_of[x.patient]) for x in xrays]
+
+
+# ----------------------------------------------------------------- crop, augmentation
+# Angle, distance and position say nothing about the joint either. In training we vary
+# them at random (augmentation), and the network learns to ignore them.
+
+JOINT = (2 / 7, 6 / 7)  # the rows that the network sees: 64 to 192 of 224
+
+
+def joint_rows(size):
+    """Return the rows of the joint in an image of `size` rows, as a slice."""
+    return slice(round(JOINT[0] * size), round(JOINT[1] * size))
+
+
+def crop(images, matrices):
+    """Resample images (N, 1, S, S) to the rows of the joint, float32 (N, 1, 4/7 S, S).
+
+    Positions run from -1 to 1, to the right and down. The new pixel at (x, y) shows
+    what the image has at matrix @ (x, y, 1), for matrices (N, 2, 3). Outside of the
+    image, the nearest pixel of its edge is shown.
+
+    One pixel: with [[1.1, 0, 0], [0, 1.1, 0.2]], the new pixel at (.5, 0) shows the
+    pixel at (1.1 * .5, 1.1 * 0 + .2) = (.55, .2). The knee is smaller, and moved up.
+    """
+    n, _, _, size = images.shape
+    rows = joint_rows(size)
+    height = rows.stop - rows.start
+    # affine_grid lets y run from -1 to 1 over the joint's rows. In the whole image,
+    # that is middle + height / size * y, which we put into the matrices in place of y.
+    middle = (rows.start + rows.stop) / size - 1
+    right, down, offset = matrices.unbind(2)  # each (N, 2)
+    columns = (right, height / size * down, offset + middle * down)
+    grid = F.affine_grid(torch.stack(columns, 2), (n, 1, height, size), False)
+    return F.grid_sample(
+        images.float(), grid, padding_mode="border", align_corners=False
+    )
+
+
+def augment(images, config):
+    """Rotate, scale, stretch and shift images (N, 1, S, S) at random, and `crop` them.
+
+    There is no mirroring: the network gives a knee and its mirror image one grade.
+    """
+
+    def uniform(limit):  # a random number for each image, from -limit to limit
+        return limit * (2 * torch.rand(len(images), device=images.device) - 1)
+
+    angle = uniform(math.radians(config.rotate))
+    scale_y = uniform(config.scale).exp()
+    scale_x = uniform(config.stretch).exp() * scale_y
+    right = uniform(2 * config.shift)  # 2: positions run from -1 to 1
+    down = uniform(2 * config.shift)
+
+    row_x = torch.stack((scale_x * angle.cos(), -scale_x * angle.sin(), right), 1)
+    row_y = torch.stack((scale_y * angle.sin(), scale_y * angle.cos(), down), 1)
+    return crop(images, torch.stack((row_x, row_y), 1))  # matrices: (N, 2, 3)
+
+
+# Test-time augmentation (TTA): a prediction is the mean over seven views of an image,
+# each (scale, right, down). The first is 1.01: resampled between pixels, as augmented
+# images are. That blurs a little, and the network grades such images better.
+TTA = (
+    (1.01, 0, 0),
+    (1.05, 0, 0),
+    (0.95, 0, 0),
+    (1, 0.05, 0.05),
+    (1, -0.05, 0.05),
+    (1, 0.05, -0.05),
+    (1, -0.05, -0.05),
+)
+
+
+# --------------------------------------------------------------------------- network
+# A radiologist looks for local signs: a narrow joint space, spurs at the margins
+# (osteophytes), bright bone under the joint (sclerosis). Convolutions find such signs
+# wherever they are; pooling forgets where exactly. A knee is nearly its own mirror
+# image: the same filters read both halves.
+
+
+def stage(inputs, outputs, kernel=3, stride=1):
+    """Return layers from (N, inputs, H, W) to (N, outputs, H/2, W/2), at stride 1."""
+    return nn.Sequential(
+        nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, bias=False),
+        # Pool before batch norm and ReLU: they then touch a quarter of the pixels.
+        nn.MaxPool2d(2, ceil_mode=True),
+        nn.BatchNorm2d(outputs),
+        nn.ReLU(),
+    )
+
 
 class Residual(nn.Module):
-    """Add two convolutions to their input (He et al., 2016): (N, C, H, W) -> (N, C, H, W)."""
+    """Add two convolutions to their input (He et al., 2016): (N, C, H, W) to the same."""
 
     def __init__(self, channels):
         super().__init__()
-        first, second = (nn.Conv2d(channels, channels, 3, padding=1, bias=False) for _ in range(2))
-        norm = nn.BatchNorm2d(channels)
-        nn.init.zeros_(norm.weight)  # so the block starts as the identity (Goyal et al., 2017)
-        self.body = nn.Sequential(first, nn.BatchNorm2d(channels), nn.ReLU(), second, norm)
+        self.body = nn.Sequential(
+            nn.Conv2d(channels, channels, 3, padding=1, bias=False),
+            nn.BatchNorm2d(channels),
+            nn.ReLU(),
+            nn.Conv2d(channels, channels, 3, padding=1, bias=False),
+            nn.BatchNorm2d(channels),
+        )
+        # At first the body adds 0, so the block changes nothing (Goyal et al., 2017).
+        nn.init.zeros_(self.body[-1].weight)
 
     def forward(self, x):
         return F.relu(x + self.body(x))
 
-class KneeNet(nn.Module):
-    """Grade standardized pictures (N, 1, S, S), S of 64 or more, or the joint's rows of them.
 
-        (N, 1, 224, 224)     a picture
-        (N, 1, 128, 224)     the joint's rows; `crop` makes these alone
-        (2N, 1, 128, 128)    left halves, then right halves, mirrored: squares that overlap
-        (2N, 32, 32, 32)     convolution 5 x 5 of stride 2, pooling
-        (2N, 64, 16, 16)     convolution 3 x 3, pooling, residual block
+class KneeNet(nn.Module):
+    """Grade knees: rows of the joint, float (N, 1, H, W), to logits (N, 5).
+
+        (N, 1, 128, 224)     rows of the joint, from `crop`
+        (2N, 1, 128, 128)    halves: N left, then N right, mirrored; they overlap
+        (2N, 32, 32, 32)     stage: convolution 5 x 5 of stride 2, pooling
+        (2N, 64, 16, 16)     stage: convolution 3 x 3, pooling; residual block
         (2N, 96, 8, 8)       the same
         (2N, 192, 4, 4)      the same
         (2N, 192)            mean over the pixels
         (N, 384)             sum and absolute difference of the two halves
         (N, 5)               logits, one for each grade
 
-    Shared filters for the two sides of a joint are from Tiulpin et al. (2018). Sum and absolute
-    difference do not change when a picture is mirrored, so neither do the logits."""
+    Shared filters for both sides of the joint are from Tiulpin et al. (2018). Sum and
+    absolute difference do not tell which side is which: for a feature that is 3 on the
+    left and 5 on the right, they are 8 and 2; in the mirror, for 5 and 3, the same.
+    """
 
     def __init__(self, width=Config.width, dropout=Config.dropout):
         super().__init__()
-        layers = self.stage(1, width, kernel=5, stride=2)
-        for inputs, outputs in (width, 2 * width), (2 * width, 3 * width), (3 * width, 6 * width):
-            layers += [*self.stage(inputs, outputs), Residual(outputs)]
-        self.features = nn.Sequential(*layers)
+        self.features = nn.Sequential(
+            stage(1, width, kernel=5, stride=2),
+            stage(width, 2 * width),
+            Residual(2 * width),
+            stage(2 * width, 3 * width),
+            Residual(3 * width),
+            stage(3 * width, 6 * width),
+            Residual(6 * width),
+        )
         self.dropout = nn.Dropout(dropout)
         self.classifier = nn.Linear(12 * width, len(GRADES))
         self.to(memory_format=torch.channels_last)  # fastest for convolutions
 
-    @staticmethod
-    def stage(inputs, outputs, kernel=3, stride=1):
-        # Pool before batch norm and ReLU: they then touch a quarter of the pixels.
-        return [nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, bias=False),
-                nn.MaxPool2d(2, ceil_mode=True), nn.BatchNorm2d(outputs), nn.ReLU()]
-
-    @staticmethod
-    def halves(x):
-        if x.shape[2] == x.shape[3]:
-            x = x[:, :, joint_rows(int(x.shape[3]))]  # (N, 1, 4/7 S, S); int() is for tracing
-        half = max(x.shape[2], (x.shape[3] + 1) // 2)  # as wide as high, for the default JOINT
-        x = torch.cat((x[..., :half], x.flip(3)[..., :half]))  # -> (2N, 1, 4/7 S, 4/7 S)
-        return x.contiguous(memory_format=torch.channels_last)
+    def halves(self, x):
+        height = x.shape[2]
+        left = x[..., :height]  # a square
+        right = x.flip(3)[..., :height]
+        both = torch.cat((left, right))  # (2N, 1, H, H)
+        return both.contiguous(memory_format=torch.channels_last)
 
     def head(self, maps):
-        # Undo the cat of `halves`. chunk(2) would do, but fix N when the network is traced.
-        left, right = maps.float().mean((2, 3)).unflatten(0, (2, -1)).unbind()  # twice (N, C)
+        left, right = maps.float().mean((2, 3)).chunk(2)  # (2N, C) -> each (N, C)
         pair = torch.cat((left + right, (left - right).abs()), 1)  # (N, 2C)
-        return self.classifier(self.dropout(pair))  # (N, 5)
+        return self.classifier(self.dropout(pair))
 
     def forward(self, x):
         return self.head(self.features(self.halves(x)))
 
-# ---------------------------------------- decision
-# Two questions: which grade to answer, and how good are the answers? Accuracy alone flatters:
-# always answering grade 0 is right for four of Chen's knees in ten.
 
-COST_POWER = 0.6  # being d grades off costs d ** COST_POWER
-METRICS = {"accuracy": "accuracy", "balanced_accuracy": "balanced accuracy",
-           "kappa": "quadratic weighted kappa", "mae": "mean absolute error"}
-PROBABILITIES = [f"p{grade}" for grade in range(len(GRADES))]
+# --------------------------------------------------------------------------- metrics
+# Two questions: which grade to answer, and how good are the answers? Accuracy alone
+# looks too good: always answering grade 0 is right for four of Chen's knees in ten.
+
+METRICS = ("accuracy", "balanced_accuracy", "kappa", "mae")
+
 
 def decide(probabilities):
-    """Return the grades int64 (N,) of least expected cost (Bayes decision), from (N, 5).
-    With a COST_POWER near 0, all errors cost the same: the answer is the most probable grade,
-    seldom grade 1. With 1, it is the median: less often right, less far off. 0.6 is between."""
-    grade = torch.arange(len(GRADES), dtype=probabilities.dtype, device=probabilities.device)
-    cost = (grade[:, None] - grade).abs() ** COST_POWER  # (5, 5): row = true grade, column = answer
-    return (probabilities @ cost).argmin(1)
+    """Return the median grade, int64 (N,), of probabilities (N, 5).
 
-def confusion_matrix(true, predicted):
-    """Count pairs of grades: int64 (5, 5), row = true grade, column = predicted grade."""
-    pairs = np.asarray(true) * len(GRADES) + np.asarray(predicted)
-    return np.bincount(pairs, minlength=len(GRADES) ** 2).reshape(len(GRADES), len(GRADES))
+    The median is the smallest grade at which the probabilities add up to a half. For
+    (.40, .30, .20, .10, 0) they add up to .40, .70, ...: grade 1. The most probable
+    grade, 0, would be right more often. The median is less far off in the mean.
+    """
+    sums = probabilities.cumsum(1)[:, :-1]  # without the last, which is 1
+    return (sums < 0.5).sum(1)
+
+
+def confusion_matrix(grades, predicted):
+    """Count pairs of grades: int64 (5, 5), row = true grade, column = predicted."""
+    counts = np.zeros((len(GRADES), len(GRADES)), int)
+    np.add.at(counts, (grades, predicted), 1)
+    return counts
+
 
 def metrics(confusion):
-    """Return the metrics of confusion matrices (..., 5, 5) by name, NaN where one is undefined.
-    Accuracy; recall of each grade (..., 5); balanced accuracy, the mean recall; quadratic weighted
-    kappa (Cohen, 1968), 1 - squared errors / those expected by chance; mean absolute error."""
-    counts, grade = np.asarray(confusion, dtype=float), np.arange(len(GRADES))
-    distance = np.abs(grade[:, None] - grade)
-    true, predicted, n = counts.sum(-1), counts.sum(-2), counts.sum((-1, -2))
-    correct = np.diagonal(counts, axis1=-2, axis2=-1)  # (..., 5)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        recall = correct / true
-        chance = true[..., :, None] * predicted[..., None, :] / n[..., None, None]
-        kappa = 1 - (counts * distance**2).sum((-1, -2)) / (chance * distance**2).sum((-1, -2))
-    return {"accuracy": correct.sum(-1) / n, "balanced_accuracy": np.nanmean(recall, -1),
-            "kappa": kappa, "mae": (counts * distance).sum((-1, -2)) / n, "recall": recall}
+    """Return the metrics of a confusion matrix (5, 5) by name, NaN where undefined.
 
-# ---------------------------------------- checkpoints
-# A stop or a full disk costs one epoch at most: files are replaced as a whole, and a run continues
-# from its last checkpoint. Skip this at first reading.
+    recall             share of the knees of each grade that are graded right (5,)
+    accuracy           share of all knees that are graded right
+    balanced_accuracy  mean recall: every grade counts the same
+    mae                mean absolute error, in grades
+    kappa              quadratic weighted kappa (Cohen, 1968)
 
-Epoch = namedtuple("Epoch", "epoch train_loss train_accuracy val_loss val_accuracy val_kappa lr "
-                            "seconds")
+    Kappa is 1 - squared errors / squared errors to be expected by chance. Three knees
+    of grades 0, 2, 4 are graded 0, 2, 3: the squared errors are 0 + 0 + 1 = 1. By
+    chance, each true grade meets each answer a third of the time:
+    (0 + 4 + 9 + 4 + 0 + 1 + 16 + 4 + 1) / 3 = 13. Kappa is 1 - 1 / 13 = .92.
+    """
+    n = confusion.sum()
+    true = confusion.sum(1)
+    chance = np.outer(true, confusion.sum(0)) / n  # (5, 5)
+    grade = np.arange(len(GRADES))
+    distance = np.abs(grade[:, None] - grade)  # (5, 5)
+    squared = distance**2
+    with np.errstate(all="ignore"):  # a grade without knees: 0 / 0 is NaN
+        recall = confusion.diagonal() / true
+        kappa = 1 - (confusion * squared).sum() / (chance * squared).sum()
+    return {
+        "accuracy": confusion.trace() / n,
+        "balanced_accuracy": np.nanmean(recall),
+        "kappa": kappa,
+        "mae": (confusion * distance).sum() / n,
+        "recall": recall,
+    }
 
-def save(path, content):
-    """Write a checkpoint (.pt), figure (.png), rows (.csv) or JSON, as a whole or not at all."""
-    file = io.BytesIO()
-    text = io.TextIOWrapper(file, "utf-8", "surrogateescape", newline="", write_through=True)
-    if path.suffix == ".pt":
-        torch.save(content, file)
-    elif path.suffix == ".png":
-        content.savefig(file, format="png")
-    elif path.suffix == ".csv":
-        csv.writer(text).writerows(content)
-    else:
-        text.write(json.dumps(content, indent=1).replace(" NaN", " null"))  # JSON has no NaN
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        part.write_bytes(file.getvalue())
-        os.replace(part, path)  # all at once
-    except OSError as error:
-        raise KneeError(f"{path}: {error.strerror}, check permissions and the space on the disk, "
-                        "or close the file in other programs") from error
-    finally:
-        part.unlink(missing_ok=True)
 
-def load_checkpoint(path, device="cpu"):
-    """Return (checkpoint, its network). Raise KneeError if the file is missing or damaged."""
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)  # runs no code in it
-        model = KneeNet(Config(**checkpoint["config"]).width)
-        model.load_state_dict(checkpoint["model" if path.name == "last.pt" else "calibrated"])
-        if not {"xrays", "history"} <= checkpoint.keys():
-            raise KeyError("a part is missing")
-    except Exception as error:  # torch.load raises all kinds on foreign files
-        raise KneeError(f"{path}: missing, damaged or of another version, name another --run, or "
-                        "train first") from error
-    return checkpoint, model.to(device).eval()
+def evaluate(probabilities, grades):
+    """Return what probabilities (N, 5) are worth against the true grades (N,): a dict.
 
-def resume(run, origin, state):
-    """Load `state` from last.pt and return the history of the run, empty if there is no last.pt.
-    Raise KneeError if the run was begun with other settings or pictures."""
-    run.mkdir(parents=True, exist_ok=True)
-    if not (run / "last.pt").exists():
-        return []
-    last, _ = load_checkpoint(run / "last.pt")
-    for name, value in last["config"].items():
-        if value != origin["config"][name]:
-            raise KneeError(f"{run}: was begun with {name} {value}, name another --run")
-    if last["xrays"] != origin["xrays"]:
-        raise KneeError(f"{run}: was begun with other pictures or split, name another --run")
-    for name, part in state.items():
-        part.load_state_dict(last[name])
-    print(f"{run}: {len(last['history'])} epochs are done already; another --run begins anew")
-    return [Epoch(*row) for row in last["history"]]
+    It has n, the metrics, the confusion matrix, and the loss: the cross-entropy, which
+    is the mean of -log(probability of the true grade).
+    """
+    confusion = confusion_matrix(grades.cpu(), decide(probabilities).cpu())
+    result = {name: value.tolist() for name, value in metrics(confusion).items()}
+    loss = F.nll_loss(probabilities.clamp(min=1e-9).log(), grades)
+    confusion = confusion.tolist()
+    return {"n": len(grades), "loss": loss.item(), "confusion": confusion, **result}
 
-# ---------------------------------------- training
-# Show a batch, measure the error, move each weight a little to where the error is smaller: that is
-# the loop of `train`. The validation subset, not the test subset, chooses the epoch: later ones may
-# overfit. Training accuracy is of augmented pictures, with dropout: it may be below validation's.
 
-def soft_labels(softness, device="cpu"):
-    """Return (5, 5): row g is the label of grade g, softmax(-distance^2 / softness). Radiologists
-    often differ by one grade, so being off by one is punished less (Diaz and Marathe, 2019)."""
-    grade = torch.arange(len(GRADES), device=device)
-    return torch.softmax(-(grade[:, None] - grade).square() / max(softness, 1e-9), 1)
+def bootstrap(probabilities, grades, patients, draws=1000):
+    """Return 95 % intervals {metric: [low, high]} by the bootstrap (Efron, 1979).
 
-def mixed_precision(device):
-    """Return a context in which convolutions run in bfloat16, where that is faster than float32."""
-    fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    if device.type == "cpu":  # with AMX; or AVX-512 BF16 of AMD's, which come without AVX-512 FP16
-        has = getattr(torch.cpu, "get_capabilities", dict)().get
-        fast = has("amx_bf16") or has("avx512_bf16") and not has("avx512_fp16")
-    return torch.autocast(device.type, torch.bfloat16, enabled=bool(fast))
+    How much would the metrics change with other patients? Draw as many patients as
+    there are, some twice, some never. Do so 1,000 times, and keep the middle 95 %.
+    Draw patients, not images: two knees of a patient are no independent evidence.
+    """
+    grades = grades.cpu().numpy()
+    predicted = decide(probabilities).cpu().numpy()
+    images_of = defaultdict(list)  # patient -> numbers of the patient's images
+    for i, patient in enumerate(patients):
+        images_of[patient].append(i)
+    groups = list(images_of.values())
+
+    generator = random.Random(0)
+    scores = defaultdict(list)
+    for _ in range(draws):
+        drawn = sum(generator.choices(groups, k=len(groups)), [])
+        values = metrics(confusion_matrix(grades[drawn], predicted[drawn]))
+        for name in METRICS:
+            scores[name].append(values[name])
+    return {name: np.percentile(scores[name], (2.5, 97.5)).tolist() for name in METRICS}
+
+
+# -------------------------------------------------------------------------- training
+# Show a batch, measure the error, move each weight a little to where the error is
+# smaller: that is `train_epoch`. After each epoch, the validation subset tells how good
+# the network is on patients that it has not learned from; the best epoch is kept. The
+# test subset takes no part in this: it is touched once, after training.
+
 
 @torch.no_grad()
 def predict(model, images, views=TTA):
-    """Return logits (N, 5) of standardized pictures (N, 1, S, S), each the mean over its views."""
-    model.eval()  # batch norm uses its running averages, dropout is off
-    logits = []
+    """Return probabilities (N, 5), means over the views, of images (N, 1, S, S)."""
+    model.eval()  # batch norm uses its running averages; dropout is off
+    probabilities = []
     for batch in images.split(64):
-        crops = [crop(batch, view.to(batch.device).expand(len(batch), 2, 3)) for view in views]
-        with mixed_precision(batch.device):
-            logits.append(sum(model(x).float() for x in crops) / len(crops))  # (B, 5)
-    return torch.cat(logits)
+        total = 0
+        for scale, right, down in views:
+            matrix = torch.tensor([[scale, 0, right], [0, scale, down]])
+            matrices = matrix.expand(len(batch), 2, 3).to(batch.device)
+            with mixed_precision(batch.device):
+                logits = model(crop(batch, matrices))  # (B, 5)
+            total += logits.float().softmax(1)
+        probabilities.append(total / len(views))
+    return torch.cat(probabilities)
 
-def validate(model, dataset, labels):
-    """Return ((loss, accuracy, kappa), calibrated weights). Raise KneeError if the loss is NaN.
-    Soft labels make the network underconfident. So its logits are divided by the temperature that
-    fits the grades best (temperature scaling, Guo et al., 2017). The weights returned have it built
-    in: their last layer is divided by it. `model` stays as it is."""
-    logits, grades = predict(model, dataset.images, TTA[:1]), dataset.grades  # one view: faster
-    loss = F.cross_entropy(logits, labels[grades]).item()
-    if not np.isfinite(loss):
-        raise KneeError("the loss is NaN, try a lower --lr and another --run")
-    temperature = min(np.arange(0.3, 2, 0.02).tolist(),
-                      key=lambda t: F.cross_entropy(logits / t, grades).item())
-    weights = model.state_dict()
-    for name in "classifier.weight", "classifier.bias":
-        weights[name] = weights[name] / temperature
-    answers = decide((logits / temperature).softmax(1))
-    scores = metrics(confusion_matrix(grades.cpu(), answers.cpu()))
-    kappa = np.nan_to_num(scores["kappa"]).item()  # undefined if all have one grade
-    return (loss, scores["accuracy"].item(), kappa), weights
 
-@torch.no_grad()
-def update_ema(ema, model, step):
-    """Move the moving average of the weights (EMA), which is validated and kept, toward the model.
-    The last quarter of the steps makes up two thirds of it (Shamir and Zhang, 2013)."""
-    for mean, new in zip(ema.state_dict().values(), model.state_dict().values()):
-        if mean.is_floating_point():  # batch norm also counts its batches
-            mean.lerp_(new, 4 / (step + 3))  # mean += w * (new - mean), w = 1 at the first step
+def train_epoch(model, train_set, optimizer, scheduler, config):
+    """Train for one epoch. Return the mean loss and accuracy of its steps."""
+    model.train()  # batch norm uses the batch; dropout is on
+    device = train_set.indices.device
+    steps = max(1, len(train_set) // config.batch)
+    order = torch.randperm(len(train_set), device=device)
+    batches = order[: steps * config.batch].split(config.batch)  # a rest is left out
+    sums = torch.zeros(2, device=device)
+    for index in tqdm(batches, leave=False, ncols=79):
+        images, grades = train_set[index]  # (B, 1, S, S), (B,)
+        images = augment(images, config)  # (B, 1, 4/7 S, S)
+        with mixed_precision(device):
+            logits = model(images).float()  # (B, 5)
+        loss = F.cross_entropy(logits, grades)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        scheduler.step()
+        # Add up on the device: reading a number at each step would make a GPU wait.
+        right = decide(logits.softmax(1)) == grades
+        sums += torch.stack((loss, right.float().mean())).detach()
+    return (sums / steps).tolist()
 
-def train(train_set, val_set, config, run):
-    """Train a network and return its history, a list of Epoch. After each epoch, write best.pt,
-    history.csv and last.pt into the folder `run`, and continue from there (see `resume`)."""
-    n, device, run = len(train_set), train_set.images.device, Path(run)
-    torch.manual_seed(config.seed)  # initial weights
-    model, ema = (KneeNet(config.width, config.dropout).to(device) for _ in range(2))
-    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=config.weight_decay, fused=True)
-    batch = min(config.batch, max(8, n // 75), n)  # for small sets: 75 steps, or of 8 pictures
-    steps = n // batch  # the last, incomplete batch is dropped
-    # The learning rate: warm-up, then cosine (Smith and Topin, 2018). It needs 5 steps.
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, config.lr, max(5, steps * config.epochs), pct_start=0.25, cycle_momentum=False)
-    labels = soft_labels(config.softness, device)
-    origin = {"config": asdict(config), "xrays": list(map(tuple, train_set.xrays + val_set.xrays))}
-    state = {"model": model, "ema": ema, "optimizer": optimizer, "schedule": schedule}
+
+EPOCH_LINE = (
+    "epoch {epoch}/{}: loss {train_loss:.3f} accuracy {train_accuracy:.3f} | "
+    "val {val_loss:.3f} {val_accuracy:.3f} kappa {val_kappa:.3f}"
+)
+
+
+def best_epoch(history):
+    """Return the epoch of highest validation kappa, and of equals that of lowest loss."""
+    return max(history, key=lambda row: (row["val_kappa"], -row["val_loss"]))
+
+
+def train(dataset, config, run):
+    """Train on the subsets "train" and "val" of a KneeFolder. Return the history.
+
+    The history is a list of dicts, one an epoch. After each epoch, write history.csv
+    and last.pt into the folder `run`, and best.pt if no epoch was better. If last.pt is
+    there, go on from it. Raise KneeError if the loss is NaN.
+    """
+    run = Path(run)
+    device = dataset.images.device
+    train_set = dataset.subset("train")
+    val_images, val_grades = dataset.subset("val")[:]
+
+    torch.manual_seed(config.seed)  # for the initial weights
+    model = KneeNet(config.width, config.dropout).to(device)
+    if config.weights:
+        model.load_state_dict(load_checkpoint(config.weights)[1].state_dict())
+    optimizer = torch.optim.AdamW(
+        model.parameters(), weight_decay=config.weight_decay, fused=True
+    )
+    # The learning rate rises, then falls as a cosine (Smith and Topin, 2018).
+    steps = config.epochs * max(1, len(train_set) // config.batch)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer,
+        config.lr,
+        total_steps=max(5, steps),  # with 4 it would divide by 0
+        pct_start=config.warmup,
+        cycle_momentum=False,
+    )
+    state = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
+    origin = origin_of(dataset, config)
     history = resume(run, origin, state)
+
     for epoch in range(len(history) + 1, config.epochs + 1):
-        start, title = time.perf_counter(), f"epoch {epoch}/{config.epochs}"
-        torch.manual_seed(config.seed * 100_003 + epoch)  # so that a resumed run draws the same
-        model.train()  # dropout on; batch norm by the batch
-        batches = torch.randperm(n, device=device)[: steps * batch].split(batch)
-        sums = torch.zeros(2, device=device)  # of loss and accuracy; reading each step is slow
-        for index in tqdm(batches, title, leave=False, ncols=79):
-            images, grades = train_set[index]  # (B, 1, S, S), (B,)
-            images = augment(images, config.augment)  # (B, 1, 4/7 S, S)
-            with mixed_precision(device):
-                logits = model(images).float()  # (B, 5)
-            loss = F.cross_entropy(logits, labels[grades])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-            update_ema(ema, model, schedule.last_epoch)  # PyTorch's name for the number of steps
-            correct = decide(logits.detach().softmax(1)) == grades
-            sums += torch.stack((loss.detach(), correct.float().mean()))
-        means, seconds = (sums / steps).tolist(), time.perf_counter() - start
-        scores, weights = validate(ema, val_set, labels)
-        history.append(Epoch(epoch, *means, *scores, schedule.get_last_lr()[0], seconds))
-        left = tqdm.format_interval((config.epochs - epoch) * (time.perf_counter() - start))
-        print("{}: loss {:.3f} acc {:.3f} | val acc {:.3f} kappa {:.3f} | {} left".format(
-            title, *means, *scores[1:], left), flush=True)
-        origin["history"] = [tuple(row) for row in history]
-        # The best epoch has the highest kappa on the validation subset; of equals, the lowest loss.
-        best = max(history, key=lambda row: (row.val_kappa, -row.val_loss))
-        if best.epoch == epoch:
-            save(run / "best.pt", origin | {"calibrated": weights})
-        save(run / "history.csv", [Epoch._fields, *history])
-        # Written last: a run that stops before this line repeats the epoch.
-        save(run / "last.pt", origin | {name: part.state_dict() for name, part in state.items()})
+        # One seed an epoch: an interrupted run goes on with the same random numbers.
+        torch.manual_seed(config.seed * 100_003 + epoch)
+        start = time.perf_counter()
+        loss, accuracy = train_epoch(model, train_set, optimizer, scheduler, config)
+        seconds = time.perf_counter() - start
+
+        # Validation may be better than training: its images are not augmented, and
+        # dropout is off. One view is faster than seven.
+        scores = evaluate(predict(model, val_images, TTA[:1]), val_grades)
+        if not math.isfinite(scores["loss"]):
+            raise KneeError("the loss is NaN, try a lower --lr and another --run")
+        row = {"epoch": epoch, "train_loss": loss, "train_accuracy": accuracy}
+        for name in ("loss", "accuracy", "kappa"):
+            row[f"val_{name}"] = scores[name]
+        row["lr"] = scheduler.get_last_lr()[0]
+        row["seconds"] = seconds
+        history.append(row)
+        print(EPOCH_LINE.format(config.epochs, **row), flush=True)
+
+        if best_epoch(history) is history[-1]:
+            save_checkpoint(run / "best.pt", origin, history, model=model)
+        save_table(run / "history.csv", history)
+        # Last: a run that is stopped before this line repeats the epoch.
+        save_checkpoint(run / "last.pt", origin, history, **state)
     return history
 
-# ---------------------------------------- testing
-# The network of the best epoch meets the test subset, once training is finished.
 
-def bootstrap(true, predicted, patients, draws=2000):
-    """Return 95 % intervals {metric: [low, high]} by the bootstrap (Efron, 1979). Patients are
-    drawn, not pictures: the two knees of a patient are no independent evidence."""
-    _, number = np.unique(patients, return_inverse=True)  # the patient of each picture: 0, 1, ...
-    n = number.max() + 1
-    counts = np.zeros((n, len(GRADES), len(GRADES)))  # a confusion matrix for each patient
-    np.add.at(counts, (number, true, predicted), 1)
-    # How often each patient is drawn: (draws, n). A drawn patient adds its confusion matrix.
-    drawn = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), draws)
-    scores = metrics(np.tensordot(drawn, counts, 1))  # of (draws, 5, 5)
-    return {name: np.percentile(scores[name], (2.5, 97.5)).tolist() for name in METRICS}
+# --------------------------------------------------------------------------- looking
+# A heat map shows which part of an image spoke for its grade. That should be the joint.
+# Where it is a letter or a screw, the network has learned something else.
 
-def command_evaluate(args):
-    """Evaluate the best epoch: RUN/metrics.json, predictions.csv; or other data (--external).
-    Evaluate val if there is no test subset, or while training is unfinished. Return (metrics, rows
-    of predictions.csv, network)."""
-    checkpoint, model = load_checkpoint(args.run / "best.pt", args.device)
-    if args.external:
-        data, subset = args.external, "external"
-        names = [f"external_{data.resolve().name}{suffix}" for suffix in (".json", ".csv")]
-        xrays, _ = inspect_xrays(data, find_xrays(data, args.patients))
-    else:
-        data, names, xrays = args.data, ("metrics.json", "predictions.csv"), read_split(args)
-        last, _ = load_checkpoint(args.run / "last.pt")
-        finished = len(last["history"]) == last["config"]["epochs"]
-        subset = "test" if finished and any(x.subset == "test" for x in xrays) else "val"
-        xrays = [x for x in xrays if x.subset == subset]
-    dataset = KneeFolder(data, xrays, checkpoint["config"]["size"], args.device)
-    used = [Xray(*x) for x in checkpoint["xrays"]]  # for training and validation
-    # A patient named by the path is unknown: the same path elsewhere proves nothing.
-    known = {x.digest for x in used} | {x.patient for x in used if x.patient != x.path}
-    seen = [x.path for x in dataset.xrays if x.digest in known or x.patient in known]
-    if seen and args.external:
-        raise KneeError(f"{data}: {len(seen)} of its pictures or patients were in training "
-                        f"({seen[0]}), name other data, or other patients with --patients")
-    true = dataset.grades.cpu().numpy()
-    probabilities = predict(model, dataset.images).softmax(1).cpu()
-    predicted = decide(probabilities).numpy()
-    confusion = confusion_matrix(true, predicted)
-    usual = Counter(x.grade for x in used if x.subset == "train").most_common(1)[0][0]  # a grade
-    scores = {name: score.tolist() for name, score in metrics(confusion).items()}
-    intervals = bootstrap(true, predicted, [x.patient for x in xrays])
-    result = {"subset": subset, "n": len(true), "epoch": len(checkpoint["history"]), **scores,
-              "parameters": sum(p.numel() for p in model.parameters()), "intervals": intervals,
-              "majority_accuracy": (true == usual).mean().item(), "confusion": confusion.tolist()}
-    rows = [(x.path, x.grade, answer, *(f"{p:.4f}" for p in own))
-            for x, answer, own in zip(xrays, predicted.tolist(), probabilities.tolist())]
-    save(args.run / names[0], result)
-    save(args.run / names[1], [("path", "grade", "predicted", *PROBABILITIES), *rows])
-    print(f"\n{subset} subset: {len(xrays)} pictures, by the network of epoch {result['epoch']}")
-    print({"test": "validation chose the epoch", "external": "none of them was trained on",
-           "val": "these pictures chose the epoch, which flatters the results"}[subset])
-    print_table(("", "result", "95 % interval"), *(
-        (title, f"{scores[name]:.3f}", "{:.3f} to {:.3f}".format(*intervals[name]))
-        for name, title in METRICS.items()),
-        (f"accuracy of always grade {usual}", f"{result['majority_accuracy']:.3f}", ""))
-    print_table(("", *(f"{g} {name}" for g, name in enumerate(GRADES))),
-                ("recall", *(f"{recall:.3f}" for recall in scores["recall"])),
-                ("pictures", *confusion.sum(1)))
-    return result, rows, model
-
-# The lesson ends here; the rest is support code.
-# ---------------------------------------- looking
-# A heat map shows which part of a picture spoke for its grade. That should be the joint: where it
-# is a letter or a screw, the network has learned something else.
 
 def grad_cam(model, images, grades):
-    """Return heat (N, S, S) from 0 to 1: what in pictures (N, 1, S, S) spoke for grades (N,).
-    Grad-CAM (Selvaraju et al., 2017) weights the last feature maps by the slopes of the logit."""
-    size, rows = images.shape[-1], joint_rows(images.shape[-1])
-    halves = model.halves(images.float())  # (2N, 1, 4/7 S, 4/7 S)
-    maps = model.features(halves)  # (2N, C, H, W)
-    logits = model.head(maps).gather(1, grades[:, None])  # (N, 1)
-    slopes = torch.autograd.grad(logits.sum(), maps)[0].mean((2, 3), keepdim=True)  # (2N, C, 1, 1)
-    heat = F.relu((slopes * maps).sum(1, keepdim=True)).detach()  # (2N, 1, H, W)
-    heat = F.interpolate(heat, halves.shape[2:], mode="bilinear")[:, 0]  # back to the halves' size
-    margins = (0, size - heat.shape[2], rows.start, size - rows.stop)
-    left, right = F.pad(heat, margins).chunk(2)  # twice (N, S, S)
-    heat = torch.maximum(left, right.flip(2))
-    return heat / heat.amax((1, 2), keepdim=True).clamp(min=1e-9)
+    """Return (rows of the joint, heat), float (N, H, W), of images (N, 1, S, S).
 
-def draw_pairs(figure, model, size, pictures, columns):
-    """Draw pictures (path, title, grade), each beside itself under the heat of that grade."""
-    axes = figure.subplots(-(-len(pictures) // columns), 2 * columns, squeeze=False).flat
+    Heat is from 0 to 1, high where the image spoke for its grade in `grades` (N,).
+    Grad-CAM (Selvaraju et al., 2017): weight each of the last feature maps by how much
+    the logit of the grade rises with it, add them up, and keep what is above 0.
+    """
+    model.eval()
+    rows = images[:, :, joint_rows(images.shape[3])].float()  # (N, 1, H, W)
+    halves = model.halves(rows)  # (2N, 1, H, H)
+    maps = model.features(halves)  # (2N, C, h, h)
+    logits = model.head(maps).gather(1, grades[:, None])  # (N, 1)
+    slopes = torch.autograd.grad(logits.sum(), maps)[0]
+    weights = slopes.mean((2, 3), keepdim=True)  # (2N, C, 1, 1)
+    heat = F.relu((weights * maps).sum(1, keepdim=True)).detach()  # (2N, 1, h, h)
+
+    # Put the halves back to their sides. Where they overlap, the greater heat counts.
+    heat = F.interpolate(heat, halves.shape[2:], mode="bilinear")
+    heat = F.pad(heat, (0, rows.shape[3] - halves.shape[3]))  # (2N, 1, H, W)
+    left, right = heat[:, 0].chunk(2)
+    heat = torch.maximum(left, right.flip(2))
+    return rows[:, 0], heat / heat.amax((1, 2), keepdim=True).clamp(min=1e-9)
+
+
+def draw_heat(figure, titles, images, heat, columns):
+    """Draw images and their heat, both (N, H, W), side by side."""
+    rows = math.ceil(len(titles) / columns)
+    axes = figure.subplots(rows, 2 * columns, squeeze=False).ravel()
     for ax in axes:
         ax.axis("off")
-    for i, (path, title, grade) in enumerate(pictures):
-        grey, device = read_xray(path, size), model.classifier.weight.device
-        image = standardize(torch.from_numpy(grey)[None, None]).to(device)
-        heat = grad_cam(model, image, torch.tensor([grade], device=device))[0].cpu().numpy()
-        title = title.encode("utf-8", "replace").decode()  # matplotlib refuses broken letters
-        for ax, text in (axes[2 * i], title), (axes[2 * i + 1], f"predicted {grade}"):
-            ax.imshow(grey, cmap="gray", vmin=0, vmax=255)
-            ax.set_title(text[-40:], fontsize=9, parse_math=False)
-        ax.imshow(heat, cmap="inferno", alpha=0.6 * heat, vmin=0, vmax=1)
+    for i, title in enumerate(titles):
+        plain, heated = axes[2 * i : 2 * i + 2]
+        plain.set_title(title, fontsize=9, loc="left", parse_math=False)
+        plain.imshow(images[i], cmap="gray")
+        heated.imshow(images[i], cmap="gray")
+        heated.imshow(heat[i], cmap="inferno", alpha=0.6 * heat[i])
 
-def command_plot(args):
-    """Draw a run into RUN/report.png: loss, accuracy, confusion matrix, heat maps."""
-    last, _ = load_checkpoint(args.run / "last.pt")
-    result, answers, model = command_evaluate(args)
-    columns, best = dict(zip(Epoch._fields, zip(*last["history"]))), result["epoch"]
+
+def draw_report(history, confusion):
+    """Return (figure, part of it that is empty): curves by epoch, confusion matrix."""
     figure = Figure(figsize=(13, 7.6), layout="constrained", dpi=110)
-    figure.suptitle(f"{args.run.name}, {result['n']} {result['subset']} pictures: " + ", ".join(
-        f"{title} {result[name]:.3f}" for name, title in METRICS.items()), parse_math=False)
-    upper, lower = figure.subfigures(2, 1, height_ratios=(2.4, 1))
-    *curves, matrix = upper.subplots(1, 3)
-    for ax, name, title in zip(curves, ("loss", "accuracy"), ("loss", "share graded right")):
-        ax.plot(columns["epoch"], columns[f"train_{name}"], "o-", ms=3, label="training, augmented")
-        ax.plot(columns["epoch"], columns[f"val_{name}"], "s--", ms=3, label="validation")
-        ax.axvline(best, color="0.4", ls=":", label=f"best epoch: {best}")
-        ax.set(xlabel="epoch", title=title)
-        ax.legend(fontsize=8)
-    counts = np.array(result["confusion"])
-    shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
-    matrix.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    for (true, predicted), share in np.ndenumerate(shares):
-        matrix.text(predicted, true, f"{counts[true, predicted]}\n{share:.0%}", ha="center",
-                    va="center", color="white" if share > 0.6 else "black")
-    matrix.set(xlabel="predicted grade", ylabel="true grade", xticks=range(len(GRADES)),
-               yticks=range(len(GRADES)), title="confusion matrix: pictures, share of row")
-    first = {row[1]: row for row in reversed(answers)}  # of each grade
-    pictures = [(args.data / first[grade][0], f"true grade {grade}", first[grade][2])
-                for grade in sorted(first)]
-    draw_pairs(lower, model, last["config"]["size"], pictures, len(pictures))
-    lower.suptitle("A picture of each grade; beside it, bright, what spoke for the predicted grade")
-    save(args.run / "report.png", figure)
-    print(f"\ndrawn: {args.run / 'report.png'}")
+    upper, lower = figure.subfigures(2, 1, height_ratios=(2, 1))
+    loss, accuracy, matrix = upper.subplots(1, 3)
+    epochs = [row["epoch"] for row in history]
+    for name, ax in (("loss", loss), ("accuracy", accuracy)):
+        for subset, style in (("train", "o-"), ("val", "s--")):
+            values = [row[f"{subset}_{name}"] for row in history]
+            ax.plot(epochs, values, style, markersize=3, label=subset)
+        ax.axvline(best_epoch(history)["epoch"], color="0.5", label="best epoch")
+        ax.xaxis.get_major_locator().set_params(integer=True)
+        ax.set(xlabel="epoch", title=name)
+        ax.legend()
 
-# ---------------------------------------- data folders
-# DATA/0 ... DATA/4 are split by patient. DATA/train/0 ..., DATA/val, DATA/test are kept, unless a
-# patient or a picture is in two of them.
+    confusion = np.array(confusion)
+    shares = confusion / confusion.sum(1, keepdims=True).clip(1)  # of each true grade
+    matrix.imshow(shares, cmap="Blues", vmax=1.6)  # 1.6: the text stays legible
+    for (true, predicted), count in np.ndenumerate(confusion):
+        text = f"{count}\n{shares[true, predicted]:.0%}"
+        matrix.text(predicted, true, text, ha="center", va="center")
+    matrix.set(xlabel="predicted grade", ylabel="true grade", title="confusion matrix")
+    return figure, lower
 
-HIDDEN = (".", "@", "__MACOSX")  # so begin the names of thumbnails and the like
-GRADE_WORDS = {"normal": 0, "mild": 2} | {name: grade for grade, name in enumerate(GRADES)}
-SUBSET_WORDS = {"training": "train", "valid": "val", "validation": "val"} | {s: s for s in SUBSETS}
+
+# The lesson ends here. The rest is support: data folders, files, commands.
+# ---------------------------------------------------------------------- data folders
+# The nearest folder that names a grade tells the grade of an image. Folders above it
+# may tell its subset. A table or the file's name tells its patient.
+
+SUFFIXES = {".png", ".jpg", ".jpeg", ".jfif", ".tif", ".tiff", ".bmp", ".webp", ".gif"}
+HIDDEN = (".", "@", "__MACOSX")  # such files and folders hold thumbnails and the like
+GRADE_WORDS = (
+    {"0", "none", "normal", "healthy"},
+    {"1", "i", "doubtful"},
+    {"2", "ii", "minimal", "mild"},
+    {"3", "iii", "moderate"},
+    {"4", "iv", "severe"},
+)
+FILLERS = {"kl", "klg", "grade", "stage", "class", "oa", "osteoarthritis"}
+SUBSET_WORDS = {
+    "train": "train",
+    "training": "train",
+    "val": "val",
+    "valid": "val",
+    "validation": "val",
+    "test": "test",
+    "testing": "test",
+}
+# A number is a patient if the name has a side or a visit, too: 9003175L, P001_left,
+# L_9003175, 9003175_V00, 9003175_1. Else it may be anything, as in image17.
+SIDE_OR_VISIT = re.compile(
+    r"(?<![a-z])(l|r|lt|rt|left|right)(?![a-z])|\d[_-]v?\d\d?(?!\d)", re.IGNORECASE
+)
+OSAIL = Path(__file__).with_name("osail_patients.csv")
+
+
+def grade_of(folder):
+    """Return the grade that the name of a folder tells, or None: 3, KL3, 3Moderate."""
+    words = set(re.findall(r"[^\W\d_]+|\d+", folder.lower())) - FILLERS
+    for grade, known in enumerate(GRADE_WORDS):
+        if words and words <= known:
+            return grade
+    return None
+
 
 def place_of(folders):
-    """Return (data set, subset, grade) that the folders of a file tell: ("kneeKL224", "train", 3)
-    for kneeKL224/train/3. KL3, 3Mild, grade_3 and moderate are grade 3, others may be None."""
-    for i, name in enumerate(folders):
-        number = re.match(r"(?:(?:kl|grade|class)[ _-]*)*(\d+)", name, re.I)
-        grade = int(number[1]) if number else GRADE_WORDS.get(name.lower())
-        if grade in range(len(GRADES)):
-            subset = SUBSET_WORDS.get(folders[i - 1].lower(), "") if i else ""
-            return "/".join(folders[: i - bool(subset)]), subset, grade
-    return "/".join(folders), "", None
+    """Return (data set, subset, grade) as the folders above a file tell them.
 
-def files_below(folder):
-    """Return the files below a folder but hidden ones, sorted; symbolic links are followed."""
+    ("a", "train", "3", "left") is grade 3 in train of the data set ("a",). The grade
+    is None if no folder below train, val or test names one.
+    """
+    grade = None
+    data_set = folders
+    for depth in reversed(range(len(folders))):
+        subset = SUBSET_WORDS.get(folders[depth].lower())
+        if subset:
+            return folders[:depth], subset, grade
+        if grade is None:
+            grade = grade_of(folders[depth])
+            data_set = folders[:depth]
+    return data_set, "", grade
+
+
+def list_files(folder):
+    """Return the files below a folder, sorted. Skip hidden ones, follow links.
+
+    Raise KneeError if there is no such folder, or one below it cannot be listed.
+    """
+
+    def fail(error):
+        raise KneeError(f"{error.filename}: cannot be listed ({error.strerror})")
+
+    if not folder.is_dir():
+        raise KneeError(
+            f"{folder}: is no folder (unpack an archive first); name that of your X-rays "
+            "with --data, or draw some: python phantoms.py phantoms"
+        )
     files = []
-    for parent, folders, names in os.walk(folder, followlinks=True):
+    for parent, folders, names in os.walk(folder, onerror=fail, followlinks=True):
         folders[:] = [name for name in folders if not name.startswith(HIDDEN)]
         files += [Path(parent, name) for name in names if not name.startswith(HIDDEN)]
     return sorted(files)
 
+
+def list_images(folder):
+    """Return the image files below a folder, sorted."""
+    return [file for file in list_files(folder) if file.suffix.lower() in SUFFIXES]
+
+
+def bare(name):
+    """Return a file's name without folders and suffix: a/knee.png is knee."""
+    return re.sub(r".*[/\\]|\.[a-z]{3,4}$", "", name, flags=re.IGNORECASE)
+
+
+def read_patients(path):
+    """Return {bare name of an image: patient} from a table with columns image,patient."""
+    patients = {}
+    for row in read_table(path, ("image", "patient")):
+        name = bare(row["image"])
+        if patients.setdefault(name, row["patient"]) != row["patient"]:
+            raise KneeError(f"{path}: {name} has two patients, keep one")
+    return patients
+
+
 def find_xrays(folder, patients_file=None):
-    """Return the graded pictures of a data folder, a list of Xray sorted by path.
-    Folder names tell the grade and the subset. The patient is looked up by file name in the
-    patients file (by default osail_patients.csv, if beside this program); else it is the number in
-    a name such as 9003175L.png; else the picture counts as a patient of its own, named by its path.
-    Raise KneeError if there is not exactly one data set."""
-    folder, table = Path(folder), Path(__file__).with_name("osail_patients.csv")
-    if not folder.is_dir():
-        raise KneeError(f"{folder}: no such folder, name that of the X-rays with --data")
-    table = patients_file or (table if table.exists() else None)
-    patients = dict(read_csv(table, "image", "patient")) if table else {}
-    places = {file: place_of(file.relative_to(folder).parts[:-1]) for file in files_below(folder)}
-    given = {data_set for data_set, subset, _ in places.values() if subset}
-    data_sets, passed_over = defaultdict(list), Counter()
-    for file, (data_set, subset, grade) in places.items():
-        # A folder of grades beside train, val and test is no part of the data set.
-        beside = not subset and not given.isdisjoint((data_set, data_set.rpartition("/")[0]))
-        if grade is None or beside:
-            passed_over["in other folders"] += 1
-        elif file.suffix.lower() not in SUFFIXES:
-            passed_over[file.suffix or "without suffix"] += 1
+    """Return (xrays, notes): the graded images of a folder, and lines to be printed.
+
+    The patient is that of the table (osail_patients.csv if none is named), else the
+    number in the file's name, else each image counts as a patient of its own.
+    Raise KneeError if there is not exactly one data set, or the table is of others.
+    """
+    folder = Path(folder)
+    table = patients_file or OSAIL
+    patients = read_patients(table) if patients_file or table.exists() else {}
+    places = {}  # path below the folder -> (data set, subset, grade)
+    for file in list_files(folder):
+        path = file.relative_to(folder)
+        places[path] = place_of(path.parts[:-1])
+    split_sets = {data_set for data_set, subset, _ in places.values() if subset}
+
+    xrays = []
+    found = set()
+    passed_over = Counter()
+    for path, (data_set, subset, grade) in places.items():
+        # Other folders beside train, val and test are not of the split.
+        beside = [above for above in split_sets if data_set[: len(above)] == above]
+        is_image = path.suffix.lower() in SUFFIXES
+        if grade is None or not is_image or (beside and not subset):
+            passed_over[f"{path.suffix} in {path.parent}"] += 1
         else:
-            path, match = file.relative_to(folder).as_posix(), PATIENT.match(file.name)
-            patient = patients.get(file.name) or (match[1] if match else path)
-            data_sets[data_set].append(Xray(path, grade, patient, subset))
-    if len(data_sets) != 1:
-        found = sorted(data_sets or {data_set for data_set, *_ in places.values()})
-        raise KneeError(f"{folder}: has {len(data_sets)} data sets with folders 0 to "
-                        f"{len(GRADES) - 1} (found: {', '.join(found[:9]) or 'nothing'}), name "
-                        "the folder of one")
-    if passed_over:
-        told = ", ".join(f"{n} {what}" for what, n in sorted(passed_over.items()))
-        print(f"passed over: {told}"[:79])
-    return sorted(data_sets.popitem()[1])
+            found.add("/".join(data_set) or ".")
+            patient = patients.get(bare(path.name)) or patient_in(path)
+            xrays.append(Xray(path.as_posix(), grade, patient, subset))
 
-def check_leakage(where, what, pairs):
-    """Raise KneeError if a name occurs with two subsets in pairs (name, subset)."""
-    leaked = sorted(name for name, n in Counter(name for name, _ in set(pairs)).items() if n > 1)
-    if leaked:
-        raise KneeError(f"{where}: {len(leaked)} {what} are in two subsets, move each into one: "
-                        f"{', '.join(leaked[:4])}")
+    if len(found) != 1:
+        names = ", ".join([*sorted(found), *passed_over])
+        raise KneeError(f"{folder}: has {len(found)} data sets, name one ({names})")
+    notes = [f"passed over: {count} {what}" for what, count in passed_over.items()]
+    return xrays, notes + describe_patients(xrays, patients, patients_file)
 
-def inspect_xrays(folder, xrays):
-    """Return (xrays without duplicates, notes), and print the notes: duplicates and odd pictures.
-    Of duplicates, keep the one whose name tells the patient; none if their grades differ, since one
-    grade is wrong and nothing says which. Raise KneeError if one is in two subsets."""
-    def look(xray):
-        grey, negative = read_grey(Path(folder, xray.path))
-        odd = {"negative, bone dark: turned": negative, "of one grey all over": np.ptp(grey) == 0,
-               "very wide: of both knees?": grey.shape[1] > WIDE * grey.shape[0]}
-        digest = hashlib.sha256(repr(grey.shape).encode() + grey.tobytes()).digest()
-        return digest, [kind for kind, found in odd.items() if found]
 
-    equals, named, kept = defaultdict(list), defaultdict(list), []
-    for xray, (digest, odd) in zip(xrays, on_all_cores(look, xrays, "inspect")):
-        equals[digest].append(xray)
-        for kind in odd:
-            named[kind].append(xray)
-    pairs = [(equal[0].path, x.subset) for equal in equals.values() for x in equal]
-    check_leakage(folder, "pictures", pairs)
-    check_leakage(folder, "patients", [(x.patient, x.subset) for x in xrays])
-    for equal in equals.values():
-        first, *others = sorted(equal, key=lambda x: (x.patient == x.path, len(x.path), x.path))
-        if all(x.grade == first.grade for x in others):
-            kept.append(first)
-            named["duplicates of others"] += others
-        else:
-            named["equal, but of several grades"] += equal
-    named["of unknown patient, each taken for one"] = [x for x in kept if x.patient == x.path]
-    notes = [f"{len(some)} {kind}: {', '.join(x.path for x in some)}"
-             for kind, some in named.items() if some]
-    for note in notes:
-        print(note[:79])  # notes.json has all the names
-    return sorted(kept), notes
+def patient_in(path):
+    """Return the patient that a file's name tells, else the path itself."""
+    number = re.search(r"\d+", path.stem)
+    if number and SIDE_OR_VISIT.search(path.stem):
+        return number[0]
+    return path.as_posix()
 
-def make_split(folder, seed, patients_file=None):
-    """Return (xrays with their subsets, notes of `inspect_xrays`). Keep a split that the folders
-    give, else make one."""
-    xrays, notes = inspect_xrays(folder, find_xrays(folder, patients_file))
-    given = [subset for subset in SUBSETS if any(x.subset == subset for x in xrays)]
-    train = [x for x in xrays if x.subset in ("", "train")]
-    missing = sorted(set(range(len(GRADES))) - {x.grade for x in train})
+
+def describe_patients(xrays, patients, patients_file):
+    """Return notes on how patients were read. Raise KneeError if a table is of others."""
+    n = len(xrays)
+    in_table = sum(bare(x.path) in patients for x in xrays)
+    unknown = sum(x.patient == x.path for x in xrays)
+    example = max(xrays, key=lambda x: x.patient != x.path)  # a known one, if any
+    if patients_file and not in_table:
+        raise KneeError(
+            f"{patients_file}: has no row for any image: {bare(example.path)} is not in "
+            f"it, its own are like {min(patients)}"
+        )
+    notes = []
+    if in_table:
+        notes.append(f"{in_table} of {n} images are in the table of patients")
+    if unknown:
+        notes.append(f"{unknown} of {n} tell no patient: each counts as one of its own")
+    if unknown < n:
+        notes.append(f"{example.path} is read as of patient {example.patient}")
+    return notes
+
+
+def join_copies(xrays, copies):
+    """Return the X-rays with one patient for all copies of an image.
+
+    `copies` are pairs of numbers. Where two have several grades, one grade is wrong and
+    nothing says which: they get the subset "left out".
+    """
+    patients = [x.patient for x in xrays]
+    wrong = set()
+    for i, j in copies:
+        keep, drop = patients[i], patients[j]
+        patients = [keep if patient == drop else patient for patient in patients]
+        if xrays[i].grade != xrays[j].grade:
+            wrong |= {i, j}
+    joined = []
+    for i, x in enumerate(xrays):
+        subset = "left out" if i in wrong else x.subset
+        joined.append(x._replace(patient=patients[i], subset=subset))
+    return joined
+
+
+def check_leakage(xrays, copies):
+    """Raise KneeError if two images of a patient, or two copies, are in two subsets."""
+    related = [(xrays[i], xrays[j], "copies") for i, j in copies]
+    first = {}
+    for x in xrays:
+        related.append((first.setdefault(x.patient, x), x, f"of patient {x.patient}"))
+    for one, other, why in related:
+        if one.subset != other.subset:
+            raise KneeError(
+                f"{one.path} in {one.subset} and {other.path} in {other.subset} are "
+                f"{why}: move one of them"
+            )
+
+
+def make_split(xrays, copies, seed):
+    """Return the X-rays with subsets, as the folders give them or new, copies joined.
+
+    Raise KneeError if a grade is missing in training, or if a given split has leaks.
+    """
+    given = {x.subset for x in xrays} - {""}
+    if given:
+        check_leakage(xrays, copies)
+    joined = join_copies(xrays, copies)
+    to_split = [x for x in joined if x.subset in ("", "train")]
+    missing = set(range(len(GRADES))) - {x.grade for x in to_split}
     if missing:
-        raise KneeError(f"{folder}: no pictures of grades {missing} to train on, add some or "
-                        "change GRADES in kneeoa.py")
-    print("layout:", f"{', '.join(given)} as the folders give them" if given else "by grade")
-    if "val" not in given:
-        print("split by patient:", "val, taken from train" if given else ", ".join(SUBSETS))
-        shares = {"train": 0.85, "val": 0.15} if given else SUBSETS
-        test = [x for x in xrays if x.subset == "test"]
-        xrays = sorted(split_by_patient(train, seed, shares) + test)
-    return xrays, notes
+        raise KneeError(f"there are no images of grade {min(missing)} to train on")
+    if "val" in given:
+        return joined
+    shares = {"train": 0.85, "val": 0.15} if given else SHARES
+    split = {x.path: x for x in split_by_patient(to_split, seed, shares)}
+    return [split.get(x.path, x) for x in joined]
 
-# ---------------------------------------- files and machine
 
-def on_all_cores(function, items, title):
-    """Return [function(item) for item in items], by threads. Raise one KneeError for all errors."""
-    def attempt(item):
-        try:
-            return function(item)
-        except KneeError as error:
-            return error
+# ----------------------------------------------------------------- files and machine
 
-    results = thread_map(attempt, items, max_workers=torch.get_num_threads(), desc=title,
-                         leave=False, ncols=79)
-    errors = [str(result) for result in results if isinstance(result, KneeError)]
-    if errors:
-        raise KneeError("; ".join(errors[:20]) + "; ..." * (len(errors) > 20))
-    return results
 
-def read_csv(path, *columns):
-    """Return the rows of a CSV file, tuples of these columns. Raise KneeError if one is missing."""
-    try:  # utf-8-sig: Excel begins a file with a byte order mark
-        with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
-            reader = csv.DictReader(file, skipinitialspace=True)
-            rows = [tuple((row[name] or "").rstrip() for name in columns) for row in reader]
-        if not rows:
-            raise KeyError("no rows")
-        return rows
-    except (KeyError, csv.Error) as error:
-        raise KneeError(f"{path}: no table of {','.join(columns)}, mend it") from error
+def save(path, content):
+    """Write bytes into a file, as a whole or not at all."""
+    part = Path(f"{path}.{os.getpid()}.part")
+    try:
+        part.parent.mkdir(parents=True, exist_ok=True)
+        part.write_bytes(content)
+        os.replace(part, path)
+    except OSError as error:
+        raise KneeError(
+            f"{path}: {error.strerror}; check permissions and the space on the disk, or "
+            "close it in other programs"
+        ) from error
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def save_table(path, rows):
+    """Write rows, dicts of the same keys, as a CSV file."""
+    file = io.StringIO(newline="")
+    writer = csv.DictWriter(file, rows[0])
+    writer.writeheader()
+    writer.writerows(rows)
+    save(path, file.getvalue().encode("utf-8", "surrogateescape"))
+
+
+def save_figure(path, figure):
+    """Write a matplotlib figure as PNG."""
+    file = io.BytesIO()
+    figure.savefig(file, format="png")
+    save(path, file.getvalue())
+
+
+def read_table(path, columns):
+    """Return the rows of a CSV file as dicts. Raise KneeError if a column is missing."""
+    try:  # utf-8-sig: Excel begins a file with a byte order mark, and may write ; for ,
+        text = Path(path).read_text("utf-8-sig", "surrogateescape")
+        delimiter = ";" if ";" in text.partition("\n")[0] else ","
+        table = csv.DictReader(io.StringIO(text), delimiter=delimiter)
+        rows = [{name: row[name].strip() for name in columns} for row in table]
+    except Exception as error:  # no file, no such column, no text
+        raise KneeError(f"{path}: no table of {','.join(columns)} ({error})") from error
+    if not rows:
+        raise KneeError(f"{path}: has no rows under {','.join(columns)}")
+    return rows
+
+
+def origin_of(dataset, config):
+    """Return what a checkpoint remembers: the settings, and the images of training."""
+    used = [i for i, x in enumerate(dataset.xrays) if x.subset in ("train", "val")]
+    return {
+        "config": asdict(config),
+        "xrays": [tuple(dataset.xrays[i]) for i in used],
+        "thumbnails": dataset.thumbnails[used],
+    }
+
+
+def save_checkpoint(path, origin, history, **parts):
+    """Write a checkpoint: origin, history, and the state of model, optimizer, ..."""
+    states = {name: part.state_dict() for name, part in parts.items()}
+    file = io.BytesIO()
+    torch.save({**origin, "history": history, **states}, file)
+    save(path, file.getvalue())
+
+
+def load_checkpoint(path, device="cpu"):
+    """Return (checkpoint, model). Raise KneeError if the file is missing or damaged."""
+    try:
+        # weights_only: a checkpoint from the internet cannot run code.
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        model = KneeNet(checkpoint["config"]["width"])
+        model.load_state_dict(checkpoint["model"])
+        checkpoint["xrays"] = [Xray(*x) for x in checkpoint["xrays"]]
+    except Exception as error:  # torch.load raises all kinds on foreign files
+        raise KneeError(
+            f"{path}: missing, damaged or of another version; train first, or name "
+            "another --run"
+        ) from error
+    return checkpoint, model.to(device).eval()
+
+
+def resume(run, origin, state):
+    """Load the state of last.pt. Return the history of the run, empty if it is new.
+
+    Raise KneeError if the run was begun with other settings, images or split.
+    """
+    if not (run / "last.pt").exists():
+        return []
+    last, _ = load_checkpoint(run / "last.pt")
+    for name, value in last["config"].items():
+        if origin["config"][name] != value:
+            raise KneeError(f"{run}: was begun with {name} {value}, name another --run")
+    same_images = torch.equal(last["thumbnails"], origin["thumbnails"])
+    if not same_images or last["xrays"] != origin["xrays"]:
+        raise KneeError(f"{run}: was begun with other images, name another --run")
+    for name, part in state.items():
+        part.load_state_dict(last[name])
+    return last["history"]
+
+
+def mixed_precision(device):
+    """Return a context in which convolutions use bfloat16, where that is faster."""
+    fast = False
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu":
+        # AMX, or the AVX-512 BF16 of AMD. Intel's, which comes with FP16, is slower.
+        has = torch.cpu.get_capabilities().get
+        fast = has("amx_bf16") or (has("avx512_bf16") and not has("avx512_fp16"))
+    return torch.autocast(device.type, torch.bfloat16, enabled=bool(fast))
+
 
 def pick_device(name):
-    """Return the torch.device of --device, or raise KneeError. Use a container's share of cores."""
-    limit = Path("/sys/fs/cgroup/cpu.max")
-    quota, period = limit.read_text().split() if limit.is_file() else ("max", 1)
-    if quota != "max":  # more threads only wait for each other
-        torch.set_num_threads(min(torch.get_num_threads(), max(1, int(quota) // int(period))))
+    """Return (torch.device, note) for the name of a device, or "auto".
+
+    Raise KneeError with the words of torch if the named device cannot be used.
+    """
+    wanted = name
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+        wanted = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        return torch.zeros(1, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise KneeError(f"--device {name}: not on this machine, use --device auto") from error
+        (torch.ones(1, device=wanted) + 1).item()  # an old GPU is seen, but fails here
+    except Exception as error:  # torch raises all kinds
+        words = str(error).partition("\n")[0]
+        if name == "auto":
+            return torch.device("cpu"), f"using the CPU, since the GPU fails: {words}"
+        raise KneeError(f"--device {name}: {words}; try --device auto") from error
+    return torch.device(wanted), ""
 
-# ---------------------------------------- phantoms
-# Drawn knees of known grade, so that all of this runs without a download. They are no medical data.
-# There is nothing to learn here about networks.
 
-def draw_phantom(severity, patient, knee, size=224):
-    """Draw a right knee from the front as uint8 (size, size). `severity` rounds to the grade.
-    The generator `patient` varies what both knees of a patient share, `knee` the rest."""
-    def sign(start, full):  # each sign begins at its own severity, and none is sure
-        return min(max((severity + knee.normal(0, 0.2) - start) / (full - start), 0), 1)
+# -------------------------------------------------------------------------- commands
+# Each takes the parsed command line: data, run, patients, device and the settings.
 
-    def bump(x, centre, width):
-        return np.exp(-(((x - centre) / width) ** 2))
 
-    def step(x, softness):
-        return 0.5 + 0.5 * np.tanh(x / (2 * softness))  # 0 below 0, 1 above
+def print_notes(notes):
+    """Print notes, each within a line of 80 columns."""
+    for note in notes:
+        print(note[:79])
 
-    # x runs to the right and y down, from -1 to 1, with the joint at the origin.
-    x = np.linspace(-1, 1, size, dtype=np.float32)
-    y = x[:, None] - knee.normal(0, 0.04) * x - knee.normal(0.08, 0.03)
-    x = x + knee.normal(0, 0.04) * y - knee.normal(0, 0.02)
-    worn = patient.choice((1, 1, 1, -1))  # the side that wears, mostly the inner one
-    on_worn, half = step(x * worn, 0.06), patient.uniform(0.74, 0.84)
-    # The joint space narrows, most on the worn side, where at the end the bone gives way.
-    gap = patient.uniform(0.062, 0.08) * (1 - sign(0.7, 3.4) * (0.1 + 0.88 * on_worn))
-    sunk = sign(3.1, 4.2) * on_worn * 0.07 * bump(x * worn, 0.42, 0.25)
-    notch = patient.uniform(0.17, 0.23) * abs(2.08 * abs(x) / half - 1.1) ** 4
-    spines = patient.uniform(0.1, 0.14) * (bump(x, -0.08, 0.07) + bump(x, 0.09, 0.07))
-    sclerosis = sign(1.5, 4) * step(x * worn - 0.12, 0.05) * bump(y, 0, 0.25)
-    # Add up what the rays meet: soft tissue, then femur and tibia, each a map of the depth in bone.
-    ray = 0.14 + 0.3 * np.sqrt((1 - (x / patient.uniform(1.15, 1.4)) ** 2).clip(0))
-    for down, surface, hard in (-1, gap + notch - sunk, 0.18), (1, gap - spines + sunk, 0.31):
-        waist = patient.uniform(0.14, 0.32) * step(down * y - 0.5, 0.1)
-        bone = np.minimum(down * y - surface, 0.8 * (half - abs(x) - waist))
-        for out, start in (worn, 0.75), (-worn, 1.1):  # osteophytes, first on the worn side
-            big = sign(start, start + 3.3) * knee.uniform(0.95, 1.45)
-            along = (x * out - half + 0.03) / (0.05 + 0.13 * big)
-            above = down * y - float(gap.mean()) - 0.09 + 0.04 * down + 0.055 * big * along
-            beak = 0.05 * (min(1, 8 * big) - np.hypot(along, above / (0.035 + 0.035 * big)))
-            bone = np.maximum(bone, beak) + 0.02 * big**0.5 * bump(bone, beak, 0.04)
-        inside = 0.15 + 0.12 * bump(bone, 0, 0.025) + 0.1 * step(bone - 0.12, 0.06)
-        ray += step(bone, 0.006) * (inside + hard * sclerosis * bump(bone, 0, 0.08))
-    ray += patient.uniform(0.004, 0.018) * knee.standard_normal(x.shape, np.float32)
-    dark, gamma, contrast = patient.uniform((0.02, 0.65, 0.5), (0.2, 1.35, 1))
-    grey = dark + contrast * (1.8 * ray - 0.45).clip(0, 1.2) ** gamma
-    image = Image.fromarray(np.uint8(255 * grey.clip(0, 1)))
-    return np.asarray(image.filter(ImageFilter.GaussianBlur(patient.uniform(0.3, 0.9))))
 
-def command_phantoms(args):
-    """Draw X-rays of known grade, which are no medical data, into a folder."""
-    folder, count = args.data, args.count
-    if count < 60:
-        raise KneeError(f"--count {count}: too few to be split by patient, draw 60 or more")
-    if folder.exists():
-        raise KneeError(f"{folder}: is there already, name another folder with --data")
-    part = folder.with_name(f"{folder.name}.{os.getpid()}.part")  # renamed when all are drawn
-    usual = (0, 1, 2, 3, 0, 2, 4, 1, 0, 3, 2, 4, 0, 1, 3, 2, 0, 4)  # of one patient after another
+def load_folder(folder, args, size):
+    """Return the KneeFolder of all graded images of a folder. Print what is odd."""
+    xrays, notes = find_xrays(folder, args.patients)
+    dataset = KneeFolder(folder, xrays, size, args.device)
+    print_notes(notes + dataset.notes)
+    return dataset
 
-    def draw(i):  # a left and a right knee of each patient
-        number, left = divmod(i, 2)
-        patient, knee = (np.random.default_rng((args.config.seed, number, own))
-                         for own in (0, 1 + left))
-        severity = usual[number % len(usual)] + patient.uniform(-0.5, 0.5) + knee.normal(0, 0.35)
-        severity = min(max(severity, -0.49), 4.49)
-        grey = draw_phantom(severity, patient, knee)
-        file = part / str(round(severity)) / f"{1_000_001 + number}{'RL'[left]}.png"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(grey[:, ::-1] if left else grey).save(file)
 
-    on_all_cores(draw, range(count), "draw")
-    part.replace(folder)
+def read_split(path):
+    """Return the X-rays of a split.csv. Raise KneeError if it is wrong."""
+    xrays = []
+    for row in read_table(path, Xray._fields):
+        grade = grade_of(row["grade"])
+        subset = SUBSET_WORDS.get(row["subset"])
+        if grade is None or subset is None:
+            raise KneeError(
+                f"{path}: {row['path']} has a wrong grade or subset, mend it"
+            )
+        patient = row["patient"] or row["path"]
+        xrays.append(Xray(row["path"], grade, patient, subset))
+    if not {"train", "val"} <= {x.subset for x in xrays}:
+        raise KneeError(f"{path}: has no train or no val, remove it and split anew")
+    return xrays
 
-# ---------------------------------------- commands
-# Each takes the parsed command line: data, run, patients, device, and config (the settings).
 
-def print_table(*rows):
-    """Print rows as a table: the first column to the left, the others to the right."""
-    widths = [max(len(str(cell)) for cell in column) for column in zip(*rows)]
-    for first, *others in rows:
-        cells = [str(cell).rjust(width) for cell, width in zip(others, widths[1:])]
-        print(str(first).ljust(widths[0]), *cells, sep="  ")
+def open_split(args, config):
+    """Return the KneeFolder of a run by its split.csv, which is made if it is missing."""
+    path = args.run / "split.csv"
+    if not path.exists():
+        dataset = load_folder(args.data, args, config.size)
+        dataset.xrays = make_split(dataset.xrays, dataset.copies, config.seed)
+        save_table(path, [x._asdict() for x in dataset.xrays if x.subset in SHARES])
+        return dataset
+
+    images = list_images(args.data)
+    dataset = KneeFolder(args.data, read_split(path), config.size, args.device)
+    check_leakage(dataset.xrays, dataset.copies)
+    if len(images) > len(dataset):
+        new = len(images) - len(dataset)
+        print(f"{new} images are not in {path}; remove it to split anew")
+    return dataset
+
 
 def command_split(args):
     """Split the patients into train, val and test: RUN/split.csv."""
-    if (args.run / "last.pt").exists():
-        raise KneeError(f"{args.run}: was trained with its split already, name another --run")
-    if args.data == Path("phantoms") and not args.data.exists():
-        print("no folder data, no --data: drawing 1000 phantoms, which are no medical data")
-        command_phantoms(parse(["phantoms"]))
-    xrays, notes = make_split(args.data, args.config.seed, args.patients)
-    args.run.mkdir(parents=True, exist_ok=True)
-    save(args.run / "split.csv", [Xray._fields[:4], *(x[:4] for x in xrays)])
-    save(args.run / "notes.json", notes)
-    pictures = Counter((x.grade, x.subset) for x in xrays)
-    patients = Counter(subset for subset, _ in {(x.subset, x.patient) for x in xrays})
-    print_table(("pictures", *SUBSETS), *((f"grade {g}", *(pictures[g, s] for s in SUBSETS))
-                                          for g in range(len(GRADES))),
-                ("patients", *(patients[s] for s in SUBSETS)))
+    xrays = open_split(args, args.config).xrays
+    print("grade        0      1      2      3      4  patients")
+    for subset in SHARES:
+        members = [x for x in xrays if x.subset == subset]
+        counts = Counter(x.grade for x in members)
+        patients = len({x.patient for x in members})
+        row = "{:7}{:7}{:7}{:7}{:7}{:7}{:10}"
+        print(row.format(subset, *[counts[g] for g in range(len(GRADES))], patients))
 
-def read_split(args):
-    """Return the xrays of RUN/split.csv. Raise KneeError if it is damaged or of other data."""
-    path, grades = args.run / "split.csv", {str(grade): grade for grade in range(len(GRADES))}
-    patients = dict(read_csv(args.patients, "image", "patient")) if args.patients else {}
-    xrays = [Xray(file, grades.get(grade), patient, subset) for file, grade, patient, subset
-             in read_csv(path, *Xray._fields[:4])]
-    for x in xrays:
-        if x.subset not in SUBSETS or x.grade is None or not (args.data / x.path).is_file():
-            raise KneeError(f"{path}: {x.path} is not in {args.data}, or its grade or subset is "
-                            "wrong, name its folder with --data or another --run")
-        if x.patient != (patients.get(Path(x.path).name) or x.patient):
-            raise KneeError(f"{path}: was made without {args.patients}, name another --run")
-    if not {"train", "val"} <= {x.subset for x in xrays}:
-        raise KneeError(f"{path}: has no train or no val, remove it and run split again")
-    check_leakage(path, "patients", [(x.patient, x.subset) for x in xrays])
-    return xrays
-
-def fit(args, folder):
-    """Train into a folder on the split of a run, which is made if it is missing."""
-    if not (args.run / "split.csv").exists():
-        command_split(args)
-    xrays, size = read_split(args), args.config.size
-    train_set, val_set = (KneeFolder(args.data, [x for x in xrays if x.subset == subset], size,
-                                     args.device) for subset in ("train", "val"))
-    print(f"training on {len(train_set)} pictures, validating on {len(val_set)}, on {args.device} "
-          f"with {torch.get_num_threads()} threads\n"
-          "each line tells the time left; Ctrl-C stops, the same command goes on")
-    train(train_set, val_set, args.config, folder)
 
 def command_train(args):
-    """Train a network, keep its best epoch, evaluate it: RUN/history.csv, best.pt, last.pt."""
-    fit(args, args.run)
+    """Train a network, keep its best epoch, test it: history.csv, last.pt, best.pt."""
+    config = args.config
+    dataset = open_split(args, config)
+    if config.weights:
+        check_unknown(dataset, load_checkpoint(config.weights)[0])
+    n = len(dataset.subset("train"))
+    threads = torch.get_num_threads()
+    print(f"training on {n} images, on {args.device} with {threads} threads")
+    if n < 1000:
+        print("so few images may do better with --epochs 60 --batch 16")
+    train(dataset, config, args.run)
     command_evaluate(args)
     print(f'\nnext: python kneeoa.py plot --data "{args.data}" --run "{args.run}"')
 
-def command_predict(args):
-    """Print the grade of pictures and the probability of each grade; --heatmap draws them."""
-    paths = []
-    for path in args.images:
-        below = files_below(path) if path.is_dir() else [path]
-        paths += [file for file in below if file == path or file.suffix.lower() in SUFFIXES]
-    if not paths:
-        raise KneeError(f"{args.images[0]}: has no pictures in it, name another folder")
-    if args.heatmap and (args.heatmap.suffix != ".png" or len(paths) > 300):
-        raise KneeError(f"--heatmap {args.heatmap}: must end in .png and show at most 300 pictures")
+
+def check_unknown(dataset, checkpoint):
+    """Raise KneeError if an image to be tested is a copy of one that was trained on."""
+    tested = [
+        i for i, x in enumerate(dataset.xrays) if x.subset in ("test", "external")
+    ]
+    copies = find_copies(dataset.thumbnails[tested], checkpoint["thumbnails"])
+    if copies:
+        i, j = copies[0]
+        other = checkpoint["xrays"][j].path
+        raise KneeError(
+            f"{dataset.xrays[tested[i]].path} is a copy of {other}, which was in training "
+            f"({len(dict(copies))} of {len(tested)} images are such): test on others"
+        )
+    known = {x.patient for x in checkpoint["xrays"]}
+    shared = known & {x.patient for x in dataset.xrays}
+    if shared:  # no proof: another hospital counts its patients from 1, too
+        print(f"{len(shared)} patients' numbers occur in training, too: the same?")
+
+
+def command_evaluate(args):
+    """Test the best epoch: metrics.json, predictions.csv; or other data (--external)."""
     checkpoint, model = load_checkpoint(args.run / "best.pt", args.device)
-    xrays, size = [Xray(str(path), 0, "") for path in paths], checkpoint["config"]["size"]
-    inspect_xrays("", xrays)
-    dataset = KneeFolder("", xrays, size, args.device)
-    probabilities = predict(model, dataset.images).softmax(1).cpu()
-    grades = decide(probabilities).tolist()
-    print_table(("file", "grade", "name", *PROBABILITIES), *(
-        (path, answer, GRADES[answer], *(f"{p:.3f}" for p in own))
-        for path, answer, own in zip(paths, grades, probabilities.tolist())))
-    print(f"graded by {args.run / 'best.pt'}; --run names another", file=sys.stderr)
+    config = Config(**checkpoint["config"])
+    if args.external:
+        dataset = load_folder(args.external, args, config.size)
+        xrays = [x._replace(subset="external") for x in dataset.xrays]
+        dataset.xrays = join_copies(xrays, dataset.copies)
+        check_unknown(dataset, checkpoint)
+        subset = "external"
+        result_file = external_file(args)
+        table_file = result_file.with_suffix(".csv")
+    else:
+        dataset = open_split(args, config)
+        last, _ = load_checkpoint(args.run / "last.pt")
+        finished = len(last["history"]) == config.epochs
+        subset = "test" if finished and len(dataset.subset("test")) else "val"
+        result_file = args.run / "metrics.json"
+        table_file = args.run / "predictions.csv"
+
+    images, grades = dataset.subset(subset)[:]
+    xrays = [x for x in dataset.xrays if x.subset == subset]
+    probabilities = predict(model, images)
+    trained_on = Counter(x.grade for x in checkpoint["xrays"] if x.subset == "train")
+    majority = max(trained_on, key=trained_on.get)
+    result = {
+        "subset": subset,
+        "data": str((args.external or args.data).resolve()),
+        "epoch": len(checkpoint["history"]),
+        "parameters": sum(weights.numel() for weights in model.parameters()),
+        "majority_accuracy": (grades == majority).float().mean().item(),
+        "intervals": bootstrap(probabilities, grades, [x.patient for x in xrays]),
+        **evaluate(probabilities, grades),
+    }
+    print_result(result, majority)
+    rows = prediction_rows([x.path for x in xrays], probabilities)
+    for x, row in zip(xrays, rows, strict=True):
+        row["grade"] = x.grade
+    save_table(table_file, rows)
+    # JSON has no NaN: null stands in for it.
+    result = json.loads(json.dumps(result), parse_constant=lambda nan: None)
+    save(result_file, json.dumps(result, indent=1).encode())
+
+
+def external_file(args):
+    """Return RUN/external_NAME.json, with the parent's name if NAME is another folder."""
+    folder = args.external.resolve()
+    name = folder.name
+    for parent in folder.parents:
+        file = args.run / f"external_{name}.json"
+        if not file.exists() or json.loads(file.read_text())["data"] == str(folder):
+            break
+        name = f"{parent.name}_{name}"
+    return file
+
+
+REMARKS = {
+    "test": "validation chose the epoch",
+    "val": "they chose the epoch, so the result looks too good",
+    "external": "none of them was trained on",
+}
+
+
+def print_result(result, majority):
+    """Print the result of a test."""
+    head = "\n{n} images ({subset}), epoch {epoch}:".format(**result)
+    print(head, REMARKS[result["subset"]])
+    for name in METRICS:
+        low, high = result["intervals"][name]
+        print(f"{name:18}{result[name]:6.3f}   95 %: {low:.3f} to {high:.3f}")
+    print(f"always grade {majority}: accuracy {result['majority_accuracy']:.3f}")
+    print("recall of each grade:", *[f"{recall:.3f}" for recall in result["recall"]])
+
+
+def prediction_rows(paths, probabilities):
+    """Return rows of a table: path, predicted grade, probability of each grade."""
+    rows = []
+    predicted = decide(probabilities).tolist()
+    for path, grade, p in zip(paths, predicted, probabilities.tolist(), strict=True):
+        row = {"path": path, "predicted": grade}
+        row.update({f"p{i}": f"{p[i]:.4f}" for i in range(len(GRADES))})
+        rows.append(row)
+    return rows
+
+
+def command_plot(args):
+    """Draw a run into RUN/report.png: loss, accuracy, confusion matrix, heat maps."""
+    _, model = load_checkpoint(args.run / "best.pt", args.device)
+    last, _ = load_checkpoint(args.run / "last.pt")
+    columns = ("path", "grade", "predicted")
+    table = read_table(args.run / "predictions.csv", columns)
+    result = json.loads((args.run / "metrics.json").read_text())
+    figure, lower = draw_report(last["history"], result["confusion"])
+    figure.suptitle("{n} images ({subset}) of {data}, epoch {epoch}".format(**result))
+
+    first = {row["grade"]: row for row in reversed(table)}  # of each grade
+    titles = []
+    xrays = []
+    for grade, row in sorted(first.items()):
+        titles.append(f"true grade {grade}, predicted {row['predicted']}")
+        xrays.append(Xray(row["path"], int(row["predicted"]), "", ""))
+    dataset = KneeFolder(args.data, xrays, last["config"]["size"], args.device)
+    images, heat = grad_cam(model, dataset.images, dataset.grades)
+    draw_heat(lower, titles, images.cpu().numpy(), heat.cpu().numpy(), len(titles))
+    save_figure(args.run / "report.png", figure)
+    print(f"drawn: {args.run / 'report.png'}")
+
+
+def command_predict(args):
+    """Print the grade of images and the probability of each; --csv, --heatmap."""
+    checkpoint, model = load_checkpoint(args.run / "best.pt", args.device)
+    xrays = []
+    for path in args.images:
+        files = list_images(path) if path.is_dir() else [path]
+        xrays += [Xray(str(file), 0, "", "") for file in files]
+    if not xrays:
+        raise KneeError(f"{args.images[0]}: has no images in it, name another folder")
+    dataset = KneeFolder("", xrays, checkpoint["config"]["size"], args.device)
+    print_notes(dataset.notes)
+    probabilities = predict(model, dataset.images)
+    rows = prediction_rows([x.path for x in xrays], probabilities)
+    print("file  grade  name  p0  p1  p2  p3  p4")
+    for row in rows:
+        path, grade, *numbers = row.values()
+        print(path, grade, GRADES[grade], *numbers, sep="  ")
+    if args.csv:
+        save_table(args.csv, rows)
     if args.heatmap:
-        columns = min(3, len(paths))
-        figsize = 6.4 * columns, 3.6 * -(-len(paths) // columns)
-        figure = Figure(figsize=figsize, layout="constrained", dpi=110)
-        pictures = [(path, path.name, answer) for path, answer in zip(paths, grades)]
-        draw_pairs(figure, model, size, pictures, columns)
-        save(args.heatmap, figure)
+        images, heat = grad_cam(model, dataset.images, decide(probabilities))
+        titles = ["{path}: {predicted}".format(**row)[-40:] for row in rows]
+        figure = Figure((13, 2 * math.ceil(len(rows) / 3)), layout="constrained")
+        draw_heat(figure, titles, images.cpu().numpy(), heat.cpu().numpy(), 3)
+        save_figure(args.heatmap, figure)
+
 
 def command_tune(args):
-    """Train with all combinations of the given settings and compare them: RUN/tune.csv."""
-    grid, rows = args.grid, []
-    if all(len(values) == 1 for values in grid.values()):
-        grid["lr"] = [factor * grid["lr"][0] for factor in (0.5, 1, 2)]
-    head = (*grid, "epoch", "val_loss", "val_accuracy", "val_kappa")
-    for args.config in [Config(*values) for values in itertools.product(*grid.values())]:
-        values = astuple(args.config)
+    """Train with all combinations of settings, best first by validation: tune.csv."""
+    grid = [getattr(args, field.name) for field in fields(Config)]
+    rows = []
+    for values in itertools.product(*grid):
+        config = Config(*values)
+        print(config)
         folder = args.run / "tune" / "_".join(map(str, values))
-        fit(args, folder)
-        epoch, _, _, *scores = load_checkpoint(folder / "best.pt")[0]["history"][-1][:6]
-        rows.append((*values, epoch, *(f"{score:.4g}" for score in scores)))
-        save(args.run / "tune.csv", [head, *rows])
-    rows.sort(key=lambda row: float(row[-1]), reverse=True)
-    tried = [i for i, values in enumerate(grid.values()) if len(values) > 1]
-    print_table(*([row[i] for i in tried] + list(row[-4:]) for row in (head, *rows)))
-    words = [f"--{name.replace('_', '-')} {value}" for name, value in zip(grid, rows[0])
-             if name != "epochs" and value != getattr(Config, name)]
-    words += [f'--patients "{args.patients}"'] if args.patients else []
-    print(f'\nthe best in full:\npython kneeoa.py train --data "{args.data}" '
-          f'--run "{args.run}-best"', *words)
+        history = train(open_split(args, config), config, folder)
+        rows.append({**asdict(config), **best_epoch(history)})
+        rows.sort(key=lambda row: -row["val_kappa"])
+        save_table(args.run / "tune.csv", rows)
+    print(f"best first: {args.run / 'tune.csv'}")
 
-COMMANDS = {"split": command_split, "train": command_train, "evaluate": command_evaluate,
-            "plot": command_plot, "predict": command_predict, "tune": command_tune,
-            "phantoms": command_phantoms}
+
+COMMANDS = {
+    "split": command_split,
+    "train": command_train,
+    "evaluate": command_evaluate,
+    "plot": command_plot,
+    "predict": command_predict,
+    "tune": command_tune,
+}
+RANGES = {
+    "size": (64, 1024),
+    "batch": (2, 4096),
+    "epochs": (1, 10_000),
+    "lr": (1e-6, 1),
+    "warmup": (0.01, 0.99),
+    "weight_decay": (0, 1),
+    "dropout": (0, 0.95),
+    "width": (4, 256),
+}
+
+
+def setting(field):
+    """Return a function that reads a setting from text, and checks its range."""
+    low, high = RANGES.get(field.name, (-math.inf, math.inf))
+
+    def read(text):
+        value = field.type(text)
+        if field.type is not str and not low <= value <= high:  # NaN fails, too
+            raise argparse.ArgumentTypeError(f"{text}: must be from {low} to {high}")
+        return value
+
+    return read
+
+
+class Parser(argparse.ArgumentParser):
+    """Parse a command line. Raise KneeError where argparse would print its usage."""
+
+    def error(self, message):
+        raise KneeError(f"{message}; see --help")
+
 
 def parse(argv):
     """Return the parsed command line."""
-    def fail(message):  # argparse would print its usage, too, in which the one line drowns
-        raise KneeError(f"{message}; see python kneeoa.py --help")
-
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    plain = argparse.RawDescriptionHelpFormatter
+    parser = Parser(description=__doc__, formatter_class=plain)
     parser.set_defaults(external=None)
-    parser.error = fail
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, function in COMMANDS.items():
-        command = commands.add_parser(name, help=function.__doc__.splitlines()[0],
-                                      description=function.__doc__)
-        command.error = fail
-        command.add_argument("--data", type=Path, help="X-rays (the folder data, else phantoms)")
-        command.add_argument("--run", type=Path, help="results (runs/ and the name of the data)")
-        command.add_argument("--patients", type=Path, help="table image,patient (OSAIL's own)")
-        command.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:1")
-        if name == "predict":
-            command.add_argument("images", type=Path, nargs="+", help="files or folders")
-            command.add_argument("--heatmap", type=Path, help="draw heat maps into this PNG file")
+        about = function.__doc__
+        command = commands.add_parser(name, help=about, description=about)
+        add = command.add_argument
+        add("--data", type=Path, help="folder of X-rays (data, else phantoms)")
+        add("--run", type=Path, help="folder of results (runs/ and the data's name)")
+        add("--patients", type=Path, help="table image,patient (osail_patients.csv)")
+        add("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps")
         if name == "evaluate":
-            command.add_argument("--external", type=Path, help="another data set, as a whole")
-        if name == "phantoms":
-            command.add_argument("--count", type=int, default=1000, help="how many (1000)")
-        if name in ("evaluate", "plot", "predict"):
-            continue  # their settings are those of the checkpoint
-        for f in fields(Config):
-            command.add_argument(f"--{f.name.replace('_', '-')}", type=f.type, default=[f.default],
-                                 nargs="+" if name == "tune" else 1,
-                                 help=f"{f.metadata['meaning']} ({f.default})")
+            add("--external", type=Path, help="another data set, as a whole")
+        if name == "predict":
+            add("images", type=Path, nargs="+", help="files or folders")
+            add("--csv", type=Path, help="a file to write the table into")
+            add("--heatmap", type=Path, help="a PNG file to draw heat maps into")
+        if name in ("split", "train", "tune"):
+            # The comments of Config explain the settings.
+            command.epilog = inspect.getsource(Config)
+            command.formatter_class = plain
+            for field in fields(Config):
+                option = "--" + field.name.replace("_", "-")
+                several = {"default": [field.default], "nargs": "+"}
+                one = {"default": field.default}
+                add(option, type=setting(field), **(several if name == "tune" else one))
     args = parser.parse_args(argv)
-    args.grid = {f.name: getattr(args, f.name, [f.default]) for f in fields(Config)}
-    args.config = Config(*(values[0] for values in args.grid.values()))
-    own = Path("data").is_dir() and args.command != "phantoms"
-    args.data = (args.data or Path("data" if own else "phantoms")).expanduser()
-    args.run = (args.run or Path("runs", args.data.resolve().name)).expanduser()
+    args.data = args.data or Path("data" if Path("data").is_dir() else "phantoms")
+    args.run = args.run or Path("runs", args.data.resolve().name)
+    if args.command in ("split", "train"):
+        args.config = Config(*[getattr(args, field.name) for field in fields(Config)])
     return args
 
+
 def main(argv=None):
-    """Run a command line. Return the exit status: 2 after a user's mistake, 130 after Ctrl-C."""
-    if hasattr(sys.stdout, "reconfigure"):  # letters that the terminal lacks
-        sys.stdout.reconfigure(errors="backslashreplace")
+    """Run a command line. Return the exit status: 2 after a user's mistake."""
     try:
         args = parse(argv)
-        args.device = pick_device(args.device)
+        args.device, note = pick_device(args.device)
+        print_notes([note] if note else [])
         COMMANDS[args.command](args)
-        sys.stdout.flush()
-    except BrokenPipeError:  # as with `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except (KneeError, OSError, MemoryError, RuntimeError) as error:
-        text = str(error)
-        if isinstance(error, OSError):
-            text = f"{error.filename}: {error.strerror}, check path and permissions"
-        elif not isinstance(error, KneeError):
-            if isinstance(error, RuntimeError) and not re.search("(allocate|of|enough) mem", text):
-                raise  # a fault of ours
-            text = "the memory is full, try a smaller --size or --batch, or another --device"
-        print("kneeoa: error: " + text.replace("\n", "\\n"), file=sys.stderr)
+    except KneeError as error:
+        print("kneeoa: error: " + str(error).replace("\n", "\\n"), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("kneeoa: stopped; whole epochs are kept, the same command goes on", file=sys.stderr)
+        print("kneeoa: stopped; the same command goes on", file=sys.stderr)
         return 130
     return 0
 
