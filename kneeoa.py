@@ -48,12 +48,12 @@ GRADES = ("none", "doubtful", "minimal", "moderate", "severe")  # grades 0 to 4
 
 
 class KneeError(Exception):
-    """Raised by any function when the user made a mistake. `main` prints its one line."""
+    """Raised by any function after a user's mistake. `main` prints it as one line."""
 
 
 # ------------------------------------------------------------------------- settings
-# Every number that was tuned stands here; EXPERIMENTS.md has the measurements. Each
-# field is an option of the command line: `--batch 64`.
+# Every setting of training stands here; EXPERIMENTS.md has the measurements. Each field
+# is an option of the command line: `--batch 64`.
 
 
 @dataclass
@@ -119,7 +119,7 @@ def upright(image):
 
 
 def is_wide(grey):
-    """Return whether a grey image (H, W) is so wide that it probably shows both knees."""
+    """Return whether a grey image (H, W) is so wide that it may show both knees."""
     return grey.shape[1] > 1.9 * grey.shape[0]
 
 
@@ -159,10 +159,11 @@ def read_xray(path, size):
 
 
 def standardize(images):
-    """Turn greys (N, 1, S, S) from 0 to 255 into floats of mean 0 and deviation 1.
+    """Turn greys (N, 1, S, S) from 0 to 255 into floats of about mean 0, deviation 1.
 
     Subtract the mean around each pixel (local contrast, Jarrett et al., 2009): broad
-    light and shadow go, edges and spurs stay. Then divide by the standard deviation.
+    light and shadow go; edges, spurs and the border of bright bone stay. Then divide by
+    the standard deviation.
     """
     images = images.float()
     reach = max(1, round(2 / 224 * images.shape[-1]))  # 2 of 224: squares of 5 x 5
@@ -266,9 +267,9 @@ def shrink(images):
 def find_copies(thumbnails, others):
     """Return pairs (i, j): thumbnail i of (N, 1024) is a copy of other j of (M, 1024).
 
-    The product of two thumbnails is their correlation: 1 for equal images, about 0 for
-    unlike ones. Above .8, plain or mirrored, they are copies: resized, darkened or
-    saved as JPEG. A copy that was moved by 3 pixels or rotated may be missed.
+    The product of two thumbnails is their correlation: 1 for equal images, at most .7
+    for different knees. Above .8, plain or mirrored, they are copies: resized, darkened
+    or saved as JPEG. A copy that was moved by 3 pixels or rotated may be missed.
     """
     mirrored = others.view(-1, 32, 32).flip(2).flatten(1)
     pairs = []
@@ -357,7 +358,7 @@ def crop(images, matrices):
 def augment(images, config):
     """Rotate, scale, stretch and shift images (N, 1, S, S) at random, and `crop` them.
 
-    There is no mirroring: the network gives a knee and its mirror image one grade.
+    There is no mirroring: a knee and its mirror image get the same logits.
     """
 
     def uniform(limit):  # a random number for each image, from -limit to limit
@@ -407,7 +408,7 @@ def stage(inputs, outputs, kernel=3, stride=1):
 
 
 class Residual(nn.Module):
-    """Add two convolutions to their input (He et al., 2016): (N, C, H, W) to the same."""
+    """Add two convolutions to their input (He et al., 2016); (N, C, H, W) stays."""
 
     def __init__(self, channels):
         super().__init__()
@@ -585,8 +586,11 @@ def predict(model, images, views=TTA):
         for scale, right, down in views:
             matrix = torch.tensor([[scale, 0, right], [0, scale, down]])
             matrices = matrix.expand(len(batch), 2, 3).to(batch.device)
+            view_of_batch = crop(
+                batch, matrices
+            )  # in float32: bfloat16 blurs positions
             with mixed_precision(batch.device):
-                logits = model(crop(batch, matrices))  # (B, 5)
+                logits = model(view_of_batch)  # (B, 5)
             total += logits.float().softmax(1)
         probabilities.append(total / len(views))
     return torch.cat(probabilities)
@@ -623,7 +627,7 @@ EPOCH_LINE = (
 
 
 def best_epoch(history):
-    """Return the epoch of highest validation kappa, and of equals that of lowest loss."""
+    """Return the epoch of highest validation kappa; of equals, that of lowest loss."""
     return max(history, key=lambda row: (row["val_kappa"], -row["val_loss"]))
 
 
@@ -642,17 +646,21 @@ def train(dataset, config, run):
     torch.manual_seed(config.seed)  # for the initial weights
     model = KneeNet(config.width, config.dropout).to(device)
     if config.weights:
-        model.load_state_dict(load_checkpoint(config.weights)[1].state_dict())
+        _, first = load_checkpoint(config.weights)
+        if first.classifier.weight.shape != model.classifier.weight.shape:
+            raise KneeError(f"{config.weights}: is of another --width, name the same")
+        model.load_state_dict(first.state_dict())
     optimizer = torch.optim.AdamW(
         model.parameters(), weight_decay=config.weight_decay, fused=True
     )
-    # The learning rate rises, then falls as a cosine (Smith and Topin, 2018).
-    steps = config.epochs * max(1, len(train_set) // config.batch)
+    # The learning rate rises, then falls as a cosine (Smith and Topin, 2018). For two
+    # steps or more: OneCycleLR divides by 0 where it should rise for one.
+    steps = max(5, config.epochs * max(1, len(train_set) // config.batch))
     scheduler = torch.optim.lr_scheduler.OneCycleLR(
         optimizer,
         config.lr,
-        total_steps=max(5, steps),  # with 4 it would divide by 0
-        pct_start=config.warmup,
+        total_steps=steps,
+        pct_start=max(config.warmup, 2 / steps),
         cycle_momentum=False,
     )
     state = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
@@ -732,8 +740,8 @@ def draw_heat(figure, titles, images, heat, columns):
 
 def draw_report(history, confusion):
     """Return (figure, part of it that is empty): curves by epoch, confusion matrix."""
-    figure = Figure(figsize=(13, 7.6), layout="constrained", dpi=110)
-    upper, lower = figure.subfigures(2, 1, height_ratios=(2, 1))
+    figure = Figure(figsize=(13, 6.2), layout="constrained", dpi=110)
+    upper, lower = figure.subfigures(2, 1, height_ratios=(3, 1))
     loss, accuracy, matrix = upper.subplots(1, 3)
     epochs = [row["epoch"] for row in history]
     for name, ax in (("loss", loss), ("accuracy", accuracy)):
@@ -825,8 +833,8 @@ def list_files(folder):
 
     if not folder.is_dir():
         raise KneeError(
-            f"{folder}: is no folder (unpack an archive first); name that of your X-rays "
-            "with --data, or draw some: python phantoms.py phantoms"
+            f"{folder}: is no folder (unpack an archive first); name that of your "
+            "X-rays with --data, or draw some: python phantoms.py phantoms"
         )
     files = []
     for parent, folders, names in os.walk(folder, onerror=fail, followlinks=True):
@@ -846,7 +854,7 @@ def bare(name):
 
 
 def read_patients(path):
-    """Return {bare name of an image: patient} from a table with columns image,patient."""
+    """Return {bare name of an image: patient} from a table image,patient."""
     patients = {}
     for row in read_table(path, ("image", "patient")):
         name = bare(row["image"])
@@ -901,7 +909,7 @@ def patient_in(path):
 
 
 def describe_patients(xrays, patients, patients_file):
-    """Return notes on how patients were read. Raise KneeError if a table is of others."""
+    """Return notes on how patients were read, or raise KneeError if a table is wrong."""
     n = len(xrays)
     in_table = sum(bare(x.path) in patients for x in xrays)
     unknown = sum(x.patient == x.path for x in xrays)
@@ -987,11 +995,12 @@ def save(path, content):
         os.replace(part, path)
     except OSError as error:
         raise KneeError(
-            f"{path}: {error.strerror}; check permissions and the space on the disk, or "
-            "close it in other programs"
+            f"{path}: {error.strerror}; check permissions and the space on the disk, "
+            "or close it in other programs"
         ) from error
     finally:
-        part.unlink(missing_ok=True)
+        if part.exists():
+            part.unlink()
 
 
 def save_table(path, rows):
@@ -1011,7 +1020,7 @@ def save_figure(path, figure):
 
 
 def read_table(path, columns):
-    """Return the rows of a CSV file as dicts. Raise KneeError if a column is missing."""
+    """Return the rows of a CSV file as dicts, or raise KneeError without a column."""
     try:  # utf-8-sig: Excel begins a file with a byte order mark, and may write ; for ,
         text = Path(path).read_text("utf-8-sig", "surrogateescape")
         delimiter = ";" if ";" in text.partition("\n")[0] else ","
@@ -1069,8 +1078,10 @@ def resume(run, origin, state):
     for name, value in last["config"].items():
         if origin["config"][name] != value:
             raise KneeError(f"{run}: was begun with {name} {value}, name another --run")
-    same_images = torch.equal(last["thumbnails"], origin["thumbnails"])
-    if not same_images or last["xrays"] != origin["xrays"]:
+    same = last["xrays"] == origin["xrays"]
+    if not same or not torch.allclose(
+        last["thumbnails"], origin["thumbnails"], atol=0.01
+    ):
         raise KneeError(f"{run}: was begun with other images, name another --run")
     for name, part in state.items():
         part.load_state_dict(last[name])
@@ -1143,11 +1154,14 @@ def read_split(path):
 
 
 def open_split(args, config):
-    """Return the KneeFolder of a run by its split.csv, which is made if it is missing."""
+    """Return the KneeFolder of a run by its split.csv, which is made if missing."""
     path = args.run / "split.csv"
     if not path.exists():
         dataset = load_folder(args.data, args, config.size)
         dataset.xrays = make_split(dataset.xrays, dataset.copies, config.seed)
+        wrong = [x.path for x in dataset.xrays if x.subset not in SHARES]
+        if wrong:
+            print_notes([f"{len(wrong)} copies of several grades left out: {wrong[0]}"])
         save_table(path, [x._asdict() for x in dataset.xrays if x.subset in SHARES])
         return dataset
 
@@ -1184,7 +1198,7 @@ def command_train(args):
     if n < 1000:
         print("so few images may do better with --epochs 60 --batch 16")
     train(dataset, config, args.run)
-    command_evaluate(args)
+    command_evaluate(args, dataset)
     print(f'\nnext: python kneeoa.py plot --data "{args.data}" --run "{args.run}"')
 
 
@@ -1198,35 +1212,36 @@ def check_unknown(dataset, checkpoint):
         i, j = copies[0]
         other = checkpoint["xrays"][j].path
         raise KneeError(
-            f"{dataset.xrays[tested[i]].path} is a copy of {other}, which was in training "
-            f"({len(dict(copies))} of {len(tested)} images are such): test on others"
+            f"{dataset.xrays[tested[i]].path} is a copy of {other}, which was in "
+            f"training ({len(dict(copies))} of {len(tested)} images are such): test on others"
         )
-    known = {x.patient for x in checkpoint["xrays"]}
-    shared = known & {x.patient for x in dataset.xrays}
+    known = {x.patient for x in checkpoint["xrays"] if x.patient != x.path}
+    shared = known & {dataset.xrays[i].patient for i in tested}
     if shared:  # no proof: another hospital counts its patients from 1, too
         print(f"{len(shared)} patients' numbers occur in training, too: the same?")
 
 
-def command_evaluate(args):
-    """Test the best epoch: metrics.json, predictions.csv; or other data (--external)."""
+def command_evaluate(args, dataset=None):
+    """Test the best epoch: metrics.json, predictions.csv; or on --external."""
     checkpoint, model = load_checkpoint(args.run / "best.pt", args.device)
     config = Config(**checkpoint["config"])
     if args.external:
         dataset = load_folder(args.external, args, config.size)
         xrays = [x._replace(subset="external") for x in dataset.xrays]
         dataset.xrays = join_copies(xrays, dataset.copies)
-        check_unknown(dataset, checkpoint)
         subset = "external"
         result_file = external_file(args)
         table_file = result_file.with_suffix(".csv")
     else:
-        dataset = open_split(args, config)
+        dataset = dataset or open_split(args, config)
         last, _ = load_checkpoint(args.run / "last.pt")
         finished = len(last["history"]) == config.epochs
         subset = "test" if finished and len(dataset.subset("test")) else "val"
         result_file = args.run / "metrics.json"
         table_file = args.run / "predictions.csv"
 
+    if subset != "val":
+        check_unknown(dataset, checkpoint)
     images, grades = dataset.subset(subset)[:]
     xrays = [x for x in dataset.xrays if x.subset == subset]
     probabilities = predict(model, images)
@@ -1252,7 +1267,7 @@ def command_evaluate(args):
 
 
 def external_file(args):
-    """Return RUN/external_NAME.json, with the parent's name if NAME is another folder."""
+    """Return RUN/external_NAME.json; with the parent's name if NAME is taken."""
     folder = args.external.resolve()
     name = folder.name
     for parent in folder.parents:
@@ -1300,7 +1315,8 @@ def command_plot(args):
     table = read_table(args.run / "predictions.csv", columns)
     result = json.loads((args.run / "metrics.json").read_text())
     figure, lower = draw_report(last["history"], result["confusion"])
-    figure.suptitle("{n} images ({subset}) of {data}, epoch {epoch}".format(**result))
+    title = "{n} images ({subset}), epoch {epoch}".format(**result)
+    figure.suptitle(f"{args.run.name}: {title}", parse_math=False)
 
     first = {row["grade"]: row for row in reversed(table)}  # of each grade
     titles = []
@@ -1351,7 +1367,7 @@ def command_tune(args):
         print(config)
         folder = args.run / "tune" / "_".join(map(str, values))
         history = train(open_split(args, config), config, folder)
-        rows.append({**asdict(config), **best_epoch(history)})
+        rows.append({**best_epoch(history), **asdict(config)})
         rows.sort(key=lambda row: -row["val_kappa"])
         save_table(args.run / "tune.csv", rows)
     print(f"best first: {args.run / 'tune.csv'}")
@@ -1387,6 +1403,7 @@ def setting(field):
             raise argparse.ArgumentTypeError(f"{text}: must be from {low} to {high}")
         return value
 
+    read.__name__ = field.type.__name__  # argparse names it: "invalid int value"
     return read
 
 

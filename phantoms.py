@@ -63,6 +63,9 @@ def draw_knee(severity, patient, knee):
 
 def draw(folder, count=1000, seed=0):
     """Draw knees, two of each patient, into a new folder."""
+    folder = Path(folder)
+    if folder.exists():
+        sys.exit(f"phantoms: error: {folder} is there already, name another folder")
     part = Path(f"{folder}.part")  # it takes the folder's name when it is complete
     for i in trange(count, desc="draw", leave=False):
         number, left = divmod(i, 2)
@@ -78,4 +81,6 @@ def draw(folder, count=1000, seed=0):
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
+        sys.exit(__doc__)
     draw(sys.argv[1])
