@@ -909,7 +909,7 @@ def patient_in(path):
 
 
 def describe_patients(xrays, patients, patients_file):
-    """Return notes on how patients were read, or raise KneeError if a table is wrong."""
+    """Return notes on how patients were read. Raise KneeError if a table is wrong."""
     n = len(xrays)
     in_table = sum(bare(x.path) in patients for x in xrays)
     unknown = sum(x.patient == x.path for x in xrays)
