@@ -180,7 +180,7 @@ def standardize(images):
 # standardized once, and stays in memory: 5,778 images take 580 MB as float16.
 
 # What is known of an image: its path below the data folder, its grade, its patient,
-# and its subset: "train", "val", "test", or "" if it has none.
+# and its subset: "train", "val", "test", "external", "left out", or "" if it has none.
 Xray = namedtuple("Xray", "path grade patient subset")
 NEGATIVE = "negatives (dark bone), inverted"
 WIDE = "very wide: of both knees?"
@@ -347,8 +347,8 @@ def crop(images, matrices):
     # affine_grid lets y run from -1 to 1 over the joint's rows. In the whole image,
     # that is middle + height / size * y, which we put into the matrices in place of y.
     middle = (rows.start + rows.stop) / size - 1
-    right, down, offset = matrices.unbind(2)  # each (N, 2)
-    columns = (right, height / size * down, offset + middle * down)
+    of_x, of_y, shift = matrices.unbind(2)  # the columns, each (N, 2)
+    columns = (of_x, height / size * of_y, shift + middle * of_y)
     grid = F.affine_grid(torch.stack(columns, 2), (n, 1, height, size), False)
     return F.grid_sample(
         images.float(), grid, padding_mode="border", align_corners=False
@@ -586,11 +586,9 @@ def predict(model, images, views=TTA):
         for scale, right, down in views:
             matrix = torch.tensor([[scale, 0, right], [0, scale, down]])
             matrices = matrix.expand(len(batch), 2, 3).to(batch.device)
-            view_of_batch = crop(
-                batch, matrices
-            )  # in float32: bfloat16 blurs positions
+            rows = crop(batch, matrices)  # (B, 1, 4/7 S, S), in float32 as in training
             with mixed_precision(batch.device):
-                logits = model(view_of_batch)  # (B, 5)
+                logits = model(rows)  # (B, 5)
             total += logits.float().softmax(1)
         probabilities.append(total / len(views))
     return torch.cat(probabilities)
@@ -615,8 +613,8 @@ def train_epoch(model, train_set, optimizer, scheduler, config):
         optimizer.step()
         scheduler.step()
         # Add up on the device: reading a number at each step would make a GPU wait.
-        right = decide(logits.softmax(1)) == grades
-        sums += torch.stack((loss, right.float().mean())).detach()
+        correct = decide(logits.softmax(1)) == grades
+        sums += torch.stack((loss, correct.float().mean())).detach()
     return (sums / steps).tolist()
 
 
