@@ -1163,6 +1163,8 @@ def open_split(args, config):
         save_table(path, [x._asdict() for x in dataset.xrays if x.subset in SHARES])
         return dataset
 
+    if args.patients:
+        print(f"{path} tells the patients already; remove it to use {args.patients}")
     images = list_images(args.data)
     dataset = KneeFolder(args.data, read_split(path), config.size, args.device)
     check_leakage(dataset.xrays, dataset.copies)
