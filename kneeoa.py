@@ -67,7 +67,7 @@ class Config:
     warmup: float = 0.25  # share of the steps while the learning rate rises
     weight_decay: float = 0.02  # pulls the weights toward 0 (AdamW)
     dropout: float = 0.3  # share of the features set to 0 before the last layer
-    width: int = 32  # channels of the first stage; the last has six times more
+    width: int = 32  # channels of the first stage; the last has 6 times as many
     rotate: float = 12.0  # augmentation: by at most so many degrees
     scale: float = 0.17  # augmentation: at most e^.17 = 1.19 times larger
     stretch: float = 0.085  # augmentation: at most e^.085 = 1.09 times wider
@@ -84,6 +84,16 @@ class Config:
 FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "WEBP", "GIF")
 PngImagePlugin.MAX_TEXT_CHUNK = 2**30  # a long comment in a file does no harm
 PngImagePlugin.MAX_TEXT_MEMORY = 2**30
+NEGATIVE = "negatives (dark bone), inverted"
+WIDE = "very wide: of both knees?"
+
+
+def upright(image):
+    """Rotate an image as its EXIF data say."""
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # broken EXIF data: nothing says which side is up
+        return image
 
 
 def read_grey(path):
@@ -95,7 +105,7 @@ def read_grey(path):
                 return np.asarray(image.convert("L"))
             deep = np.nan_to_num(np.asarray(image, np.float64))
     except Exception as error:  # Pillow raises a dozen kinds on damaged files
-        raise KneeError(f"{path}: is unreadable ({reason(path, error)})") from error
+        raise KneeError(f"{path}: is unreadable ({error})") from error
 
     # convert("L") would clip all above 255 to white. Percentiles keep a few burnt-out
     # pixels from setting the scale.
@@ -103,46 +113,28 @@ def read_grey(path):
     return np.uint8(np.interp(deep, (low, high), (0, 255)))
 
 
-def reason(path, error):
-    """Return why an image file is unreadable."""
-    if Path(path).is_file() and b"ftyp" in Path(path).read_bytes()[:12]:
-        return "it is HEIC, the format of iPhones: save it as PNG"
-    return error
+def what_is_odd(grey):
+    """Return NEGATIVE, WIDE or "": what is odd about a grey image (H, W).
 
-
-def upright(image):
-    """Rotate an image as its EXIF data say."""
-    try:
-        return ImageOps.exif_transpose(image)
-    except Exception:  # broken EXIF data: nothing says which side is up
-        return image
-
-
-def is_wide(grey):
-    """Return whether a grey image (H, W) is so wide that it may show both knees."""
-    return grey.shape[1] > 1.9 * grey.shape[0]
-
-
-def is_negative(grey):
-    """Return whether a grey image (H, W) has dark bone, as an inverted film has.
-
-    Air is dark and lies at the sides of a knee. In a negative, the outer columns are
-    brighter than the middle. A column of one grey is no air but a margin that some
-    program added, so it does not count. Between two knees there is air, too: an image
-    of both is never taken for a negative.
+    Air is dark and lies at the sides of a knee. In a negative, an inverted film, the
+    outer columns are brighter than the middle. A column of one grey is no air but a
+    margin that some program added, so it does not count. Between two knees there is
+    air, too: an image of both is never taken for a negative.
     """
+    if grey.shape[1] > 1.9 * grey.shape[0]:
+        return WIDE
     brightness = grey.mean(0)[np.ptp(grey, axis=0) > 0]  # of the columns
     n = len(brightness)
-    if n < 14 or is_wide(grey):
-        return False
-    outer = np.concatenate((brightness[: n // 14], brightness[-(n // 14) :]))
-    middle = brightness[n // 4 : -(n // 4)]
-    return bool(outer.mean() > middle.mean())
+    if n < 14:
+        return ""
+    outer = np.delete(brightness, slice(n // 14, n - n // 14))
+    middle = brightness[n // 4 : n - n // 4]
+    return NEGATIVE if outer.mean() > middle.mean() else ""
 
 
 def to_square(grey, size):
     """Return the middle square of a grey image as uint8 (size, size), bone bright."""
-    if is_negative(grey):
+    if what_is_odd(grey) == NEGATIVE:
         grey = 255 - grey
     # Never stretch an image: the grade depends on the width of the joint space.
     square = ImageOps.fit(Image.fromarray(grey), (size, size), Image.Resampling.LANCZOS)
@@ -161,9 +153,9 @@ def read_xray(path, size):
 def standardize(images):
     """Turn greys (N, 1, S, S) from 0 to 255 into floats of about mean 0, deviation 1.
 
-    Subtract the mean around each pixel (local contrast, Jarrett et al., 2009): broad
-    light and shadow go; edges, spurs and the border of bright bone stay. Then divide by
-    the standard deviation.
+    Subtract the mean around each pixel, as Jarrett et al. (2009) do: broad light and
+    shadow go; edges, spurs and the border of bright bone stay. Then divide by the
+    standard deviation of the whole image.
     """
     images = images.float()
     reach = max(1, round(2 / 224 * images.shape[-1]))  # 2 of 224: squares of 5 x 5
@@ -181,9 +173,7 @@ def standardize(images):
 
 # What is known of an image: its path below the data folder, its grade, its patient,
 # and its subset: "train", "val", "test", "external", "left out", or "" if it has none.
-Xray = namedtuple("Xray", "path grade patient subset")
-NEGATIVE = "negatives (dark bone), inverted"
-WIDE = "very wide: of both knees?"
+Xray = namedtuple("Xray", "path grade patient subset", defaults=("", ""))
 
 
 class KneeFolder(torch.utils.data.Dataset):
@@ -192,12 +182,11 @@ class KneeFolder(torch.utils.data.Dataset):
     xrays       list of N Xray; `find_xrays` makes it
     images      float16 (N, 1, S, S), standardized
     grades      int64 (N,)
-    thumbnails  float32 (N, 1024), to find copies
-    copies      pairs of numbers i < j of images that are copies
+    thumbnails  float32 (N, 1024), for `find_copies`
     notes       lines about odd images, to be printed
 
-    `dataset[index]` is (images, grades), for an int, a slice or a tensor of numbers.
-    Raise one KneeError that names all images that are unreadable.
+    `dataset[index]` is (images, grades), for an int, a slice or a tensor of numbers: a
+    whole batch at once. Raise one KneeError that names all images that are unreadable.
     """
 
     def __init__(self, folder, xrays, size=Config.size, device="cpu"):
@@ -216,25 +205,16 @@ class KneeFolder(torch.utils.data.Dataset):
             image = standardize(square[None, None])  # (1, 1, S, S)
             self.images[i] = image[0]
             self.thumbnails[i] = shrink(image)[0]
-            if is_negative(grey):
-                return NEGATIVE
-            return WIDE if is_wide(grey) else ""
+            return what_is_odd(grey)
 
         workers = torch.get_num_threads()
         odd = thread_map(load, range(n), max_workers=workers, desc="read", leave=False)
         errors = [str(error) for error in odd if isinstance(error, KneeError)]
         if errors:
+            errors.append("remove them, or save them as PNG (also HEIC, of iPhones)")
             raise KneeError("; ".join(errors))
-        copies = find_copies(self.thumbnails, self.thumbnails)
-        self.copies = [(i, j) for i, j in copies if i < j]
-        self.notes = []
-        for what in (NEGATIVE, WIDE):
-            if what in odd:
-                self.notes.append(f"{odd.count(what)} images are {what}")
-        if self.copies:
-            one, other = (xrays[i].path for i in self.copies[0])
-            count = len(self.copies)
-            self.notes.append(f"{count} pairs of images are copies: {one}, {other}")
+        counts = Counter(what for what in odd if what)
+        self.notes = [f"{count} images are {what}" for what, count in counts.items()]
 
     def __len__(self):
         return len(self.images)
@@ -252,33 +232,10 @@ class KneeFolder(torch.utils.data.Dataset):
 # ------------------------------------------------------------------------- splitting
 # Two knees of a patient look alike, and so do two copies of an image. With one in
 # training and one in the test subset (data leakage), a network scores by recognizing
-# the patient. So we split patients, not images, and copies are of one patient.
+# the patient. So we split patients, not images. Copies are found first, and count as
+# images of one patient: `find_copies`, below the lesson.
 
 SHARES = {"train": 0.70, "val": 0.15, "test": 0.15}
-COPY = 0.8  # measured: different knees reach .70; resized JPEG copies at least .84
-
-
-def shrink(images):
-    """Return thumbnails (N, 1024), of mean 0 and length 1, of images (N, 1, S, S)."""
-    small = F.adaptive_avg_pool2d(images, 32).flatten(1)
-    return F.normalize(small - small.mean(1, keepdim=True))
-
-
-def find_copies(thumbnails, others):
-    """Return pairs (i, j): thumbnail i of (N, 1024) is a copy of other j of (M, 1024).
-
-    The product of two thumbnails is their correlation: 1 for equal images, at most .7
-    for different knees. Above .8, plain or mirrored, they are copies: resized, darkened
-    or saved as JPEG. A copy that was moved by 3 pixels or rotated may be missed.
-    """
-    mirrored = others.view(-1, 32, 32).flip(2).flatten(1)
-    pairs = []
-    for start in range(0, len(thumbnails), 1000):  # in blocks, to save memory
-        block = thumbnails[start : start + 1000]
-        correlation = torch.maximum(block @ others.T, block @ mirrored.T)
-        for i, j in (correlation > COPY).nonzero().tolist():
-            pairs.append((start + i, j))
-    return pairs
 
 
 def split_by_patient(xrays, seed, shares=SHARES):
@@ -288,19 +245,19 @@ def split_by_patient(xrays, seed, shares=SHARES):
     grades. The same names, grades and seed give the same split on every machine.
     Raise KneeError if a grade has fewer patients than there are subsets.
     """
+    patients_of = Counter(grade for grade, _ in {(x.grade, x.patient) for x in xrays})
+    rarest = min(range(len(GRADES)), key=lambda grade: patients_of[grade])
+    if patients_of[rarest] < len(shares):
+        raise KneeError(
+            f"grade {rarest} has too few patients: {patients_of[rarest]} "
+            f"({xrays[0].path} was read as of patient {xrays[0].patient}); add images, "
+            "or name the patients: --patients"
+        )
+
     total = Counter(x.grade for x in xrays)
     grades_of = defaultdict(list)  # patient -> grades of the patient's images
-    patients_of = defaultdict(set)  # grade -> patients
     for x in xrays:
         grades_of[x.patient].append(x.grade)
-        patients_of[x.grade].add(x.patient)
-    for x in xrays:
-        if len(patients_of[x.grade]) < len(shares):
-            raise KneeError(
-                f"grade {x.grade} has too few patients to split ({x.path} was read as "
-                f"of patient {x.patient}): add images, or name the patients: --patients"
-            )
-
     patients = sorted(grades_of)
     random.Random(seed).shuffle(patients)
     # The rarest grades first, while every subset has room. Equals stay shuffled.
@@ -326,11 +283,6 @@ def split_by_patient(xrays, seed, shares=SHARES):
 JOINT = (2 / 7, 6 / 7)  # the rows that the network sees: 64 to 192 of 224
 
 
-def joint_rows(size):
-    """Return the rows of the joint in an image of `size` rows, as a slice."""
-    return slice(round(JOINT[0] * size), round(JOINT[1] * size))
-
-
 def crop(images, matrices):
     """Resample images (N, 1, S, S) to the rows of the joint, float32 (N, 1, 4/7 S, S).
 
@@ -342,14 +294,14 @@ def crop(images, matrices):
     pixel at (1.1 * .5, 1.1 * 0 + .2) = (.55, .2). The knee is smaller, and moved up.
     """
     n, _, _, size = images.shape
-    rows = joint_rows(size)
-    height = rows.stop - rows.start
-    # affine_grid lets y run from -1 to 1 over the joint's rows. In the whole image,
-    # that is middle + height / size * y, which we put into the matrices in place of y.
-    middle = (rows.start + rows.stop) / size - 1
-    of_x, of_y, shift = matrices.unbind(2)  # the columns, each (N, 2)
-    columns = (of_x, height / size * of_y, shift + middle * of_y)
-    grid = F.affine_grid(torch.stack(columns, 2), (n, 1, height, size), False)
+    top, bottom = JOINT
+    height = bottom - top
+    # affine_grid lets y run from -1 to 1 over the new rows. In the whole image, they
+    # lie at middle + height * y: from -.43 to .71. So we put that in place of y.
+    middle = top + bottom - 1
+    of_x, of_y, shift = matrices.split(1, dim=2)  # the columns, each (N, 2, 1)
+    matrices = torch.cat((of_x, height * of_y, shift + middle * of_y), 2)
+    grid = F.affine_grid(matrices, (n, 1, round(height * size), size), False)
     return F.grid_sample(
         images.float(), grid, padding_mode="border", align_corners=False
     )
@@ -367,17 +319,18 @@ def augment(images, config):
     angle = uniform(math.radians(config.rotate))
     scale_y = uniform(config.scale).exp()
     scale_x = uniform(config.stretch).exp() * scale_y
-    right = uniform(2 * config.shift)  # 2: positions run from -1 to 1
-    down = uniform(2 * config.shift)
+    shift_x = uniform(2 * config.shift)  # 2: positions run from -1 to 1
+    shift_y = uniform(2 * config.shift)
+    row_x = (scale_x * angle.cos(), -scale_x * angle.sin(), shift_x)
+    row_y = (scale_y * angle.sin(), scale_y * angle.cos(), shift_y)
+    matrices = torch.stack(row_x + row_y, 1).view(-1, 2, 3)
+    return crop(images, matrices)
 
-    row_x = torch.stack((scale_x * angle.cos(), -scale_x * angle.sin(), right), 1)
-    row_y = torch.stack((scale_y * angle.sin(), scale_y * angle.cos(), down), 1)
-    return crop(images, torch.stack((row_x, row_y), 1))  # matrices: (N, 2, 3)
 
-
-# Test-time augmentation (TTA): a prediction is the mean over seven views of an image,
-# each (scale, right, down). The first is 1.01: resampled between pixels, as augmented
-# images are. That blurs a little, and the network grades such images better.
+# Test-time augmentation (TTA): a prediction is the mean over seven views of an image.
+# Each view is (scale, shift_x, shift_y) of what is shown: 1.05 shows more, so the knee
+# is smaller. The first is 1.01: resampled between pixels, as augmented images are.
+# That blurs a little, and the network grades such images better.
 TTA = (
     (1.01, 0, 0),
     (1.05, 0, 0),
@@ -389,6 +342,13 @@ TTA = (
 )
 
 
+def show(images, view):
+    """Return one view of images (N, 1, S, S), cropped: float32 (N, 1, 4/7 S, S)."""
+    scale, shift_x, shift_y = view
+    matrix = torch.tensor([[scale, 0, shift_x], [0, scale, shift_y]])
+    return crop(images, matrix.expand(len(images), 2, 3).to(images.device))
+
+
 # --------------------------------------------------------------------------- network
 # A radiologist looks for local signs: a narrow joint space, spurs at the margins
 # (osteophytes), bright bone under the joint (sclerosis). Convolutions find such signs
@@ -397,10 +357,14 @@ TTA = (
 
 
 def stage(inputs, outputs, kernel=3, stride=1):
-    """Return layers from (N, inputs, H, W) to (N, outputs, H/2, W/2), at stride 1."""
+    """Return layers that halve (N, inputs, H, W) to (N, outputs, H/2, W/2).
+
+    With stride 2, the convolution halves once more: (N, outputs, H/4, W/4).
+    """
     return nn.Sequential(
         nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, bias=False),
-        # Pool before batch norm and ReLU: they then touch a quarter of the pixels.
+        # Usually pooling comes last. Here batch norm and ReLU then touch a quarter of
+        # the pixels.
         nn.MaxPool2d(2, ceil_mode=True),
         nn.BatchNorm2d(outputs),
         nn.ReLU(),
@@ -461,10 +425,9 @@ class KneeNet(nn.Module):
 
     def halves(self, x):
         height = x.shape[2]
-        left = x[..., :height]  # a square
-        right = x.flip(3)[..., :height]
-        both = torch.cat((left, right))  # (2N, 1, H, H)
-        return both.contiguous(memory_format=torch.channels_last)
+        both = torch.cat((x, x.flip(3)))  # (2N, 1, H, W)
+        squares = both[..., :height]  # (2N, 1, H, H)
+        return squares.contiguous(memory_format=torch.channels_last)
 
     def head(self, maps):
         left, right = maps.float().mean((2, 3)).chunk(2)  # (2N, C) -> each (N, C)
@@ -477,7 +440,8 @@ class KneeNet(nn.Module):
 
 # --------------------------------------------------------------------------- metrics
 # Two questions: which grade to answer, and how good are the answers? Accuracy alone
-# looks too good: always answering grade 0 is right for four of Chen's knees in ten.
+# looks too good: always answering grade 0 is right for four knees in ten of the best
+# known public set (Chen, 2018).
 
 METRICS = ("accuracy", "balanced_accuracy", "kappa", "mae")
 
@@ -486,8 +450,8 @@ def decide(probabilities):
     """Return the median grade, int64 (N,), of probabilities (N, 5).
 
     The median is the smallest grade at which the probabilities add up to a half. For
-    (.40, .30, .20, .10, 0) they add up to .40, .70, ...: grade 1. The most probable
-    grade, 0, would be right more often. The median is less far off in the mean.
+    (.40, .30, .20, .10, 0) they add up to .40, .70, ...: grade 1. No other answer has a
+    smaller error in the mean. The most probable grade, 0, would be right more often.
     """
     sums = probabilities.cumsum(1)[:, :-1]  # without the last, which is 1
     return (sums < 0.5).sum(1)
@@ -539,10 +503,11 @@ def evaluate(probabilities, grades):
     is the mean of -log(probability of the true grade).
     """
     confusion = confusion_matrix(grades.cpu(), decide(probabilities).cpu())
-    result = {name: value.tolist() for name, value in metrics(confusion).items()}
     loss = F.nll_loss(probabilities.clamp(min=1e-9).log(), grades)
-    confusion = confusion.tolist()
-    return {"n": len(grades), "loss": loss.item(), "confusion": confusion, **result}
+    result = {"n": len(grades), "loss": loss.item(), "confusion": confusion.tolist()}
+    for name, value in metrics(confusion).items():
+        result[name] = value.tolist()
+    return result
 
 
 def bootstrap(probabilities, grades, patients, draws=1000):
@@ -552,28 +517,27 @@ def bootstrap(probabilities, grades, patients, draws=1000):
     there are, some twice, some never. Do so 1,000 times, and keep the middle 95 %.
     Draw patients, not images: two knees of a patient are no independent evidence.
     """
-    grades = grades.cpu().numpy()
-    predicted = decide(probabilities).cpu().numpy()
-    images_of = defaultdict(list)  # patient -> numbers of the patient's images
-    for i, patient in enumerate(patients):
-        images_of[patient].append(i)
-    groups = list(images_of.values())
-
-    generator = random.Random(0)
-    scores = defaultdict(list)
+    names, numbers = np.unique(patients, return_inverse=True)
+    n = len(names)
+    confusions = np.zeros((n, len(GRADES), len(GRADES)), int)  # one for each patient
+    np.add.at(confusions, (numbers, grades.cpu(), decide(probabilities).cpu()), 1)
+    generator = np.random.default_rng(0)
+    scores = []
     for _ in range(draws):
-        drawn = sum(generator.choices(groups, k=len(groups)), [])
-        values = metrics(confusion_matrix(grades[drawn], predicted[drawn]))
-        for name in METRICS:
-            scores[name].append(values[name])
-    return {name: np.percentile(scores[name], (2.5, 97.5)).tolist() for name in METRICS}
+        drawn = generator.integers(n, size=n)
+        values = metrics(confusions[drawn].sum(0))
+        scores.append([values[name] for name in METRICS])
+    intervals = np.percentile(scores, (2.5, 97.5), axis=0)  # (2, 4)
+    return dict(zip(METRICS, intervals.T.tolist(), strict=True))
 
 
 # -------------------------------------------------------------------------- training
 # Show a batch, measure the error, move each weight a little to where the error is
 # smaller: that is `train_epoch`. After each epoch, the validation subset tells how good
 # the network is on patients that it has not learned from; the best epoch is kept. The
-# test subset takes no part in this: it is touched once, after training.
+# test subset takes no part in this: it is touched once, after training. The helpers
+# that load, save and choose the arithmetic stand below the lesson, under "files and
+# machine".
 
 
 @torch.no_grad()
@@ -583,12 +547,11 @@ def predict(model, images, views=TTA):
     probabilities = []
     for batch in images.split(64):
         total = 0
-        for scale, right, down in views:
-            matrix = torch.tensor([[scale, 0, right], [0, scale, down]])
-            matrices = matrix.expand(len(batch), 2, 3).to(batch.device)
-            rows = crop(batch, matrices)  # (B, 1, 4/7 S, S), in float32 as in training
+        for view in views:
+            rows = show(batch, view)  # (B, 1, 4/7 S, S), in float32 as in training
             with mixed_precision(batch.device):
                 logits = model(rows)  # (B, 5)
+            # softmax makes probabilities: all above 0, and their sum is 1.
             total += logits.float().softmax(1)
         probabilities.append(total / len(views))
     return torch.cat(probabilities)
@@ -644,29 +607,27 @@ def train(dataset, config, run):
     torch.manual_seed(config.seed)  # for the initial weights
     model = KneeNet(config.width, config.dropout).to(device)
     if config.weights:
-        _, first = load_checkpoint(config.weights)
-        if first.classifier.weight.shape != model.classifier.weight.shape:
-            raise KneeError(f"{config.weights}: is of another --width, name the same")
-        model.load_state_dict(first.state_dict())
+        load_checkpoint(config.weights, model=model)
     optimizer = torch.optim.AdamW(
         model.parameters(), weight_decay=config.weight_decay, fused=True
     )
-    # The learning rate rises, then falls as a cosine (Smith and Topin, 2018). For two
-    # steps or more: OneCycleLR divides by 0 where it should rise for one.
-    steps = max(5, config.epochs * max(1, len(train_set) // config.batch))
+    # The learning rate rises from a low start, while the weights are still random, and
+    # then falls as a cosine (Smith and Topin, 2018). Momentum stays as it is.
+    steps = config.epochs * max(1, len(train_set) // config.batch)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(
         optimizer,
         config.lr,
-        total_steps=steps,
-        pct_start=max(config.warmup, 2 / steps),
+        total_steps=max(20, steps),  # a rise of a single step would divide by 0
+        pct_start=config.warmup,
         cycle_momentum=False,
     )
-    state = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
-    origin = origin_of(dataset, config)
-    history = resume(run, origin, state)
+    parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
+    origin = origin_of(dataset, config)  # what must be the same to go on
+    history = resume(run, origin, parts)
 
     for epoch in range(len(history) + 1, config.epochs + 1):
-        # One seed an epoch: an interrupted run goes on with the same random numbers.
+        # A seed for each epoch: an interrupted run goes on with the same random
+        # numbers. 100,003 keeps the seeds of two runs apart.
         torch.manual_seed(config.seed * 100_003 + epoch)
         start = time.perf_counter()
         loss, accuracy = train_epoch(model, train_set, optimizer, scheduler, config)
@@ -677,36 +638,41 @@ def train(dataset, config, run):
         scores = evaluate(predict(model, val_images, TTA[:1]), val_grades)
         if not math.isfinite(scores["loss"]):
             raise KneeError("the loss is NaN, try a lower --lr and another --run")
-        row = {"epoch": epoch, "train_loss": loss, "train_accuracy": accuracy}
-        for name in ("loss", "accuracy", "kappa"):
-            row[f"val_{name}"] = scores[name]
-        row["lr"] = scheduler.get_last_lr()[0]
-        row["seconds"] = seconds
+        row = {
+            "epoch": epoch,
+            "train_loss": loss,
+            "train_accuracy": accuracy,
+            "val_loss": scores["loss"],
+            "val_accuracy": scores["accuracy"],
+            "val_kappa": scores["kappa"],
+            "lr": scheduler.get_last_lr()[0],
+            "seconds": seconds,
+        }
         history.append(row)
         print(EPOCH_LINE.format(config.epochs, **row), flush=True)
 
-        if best_epoch(history) is history[-1]:
-            save_checkpoint(run / "best.pt", origin, history, model=model)
+        if best_epoch(history) is row:
+            save_checkpoint(run / "best.pt", origin, history, {"model": model})
         save_table(run / "history.csv", history)
         # Last: a run that is stopped before this line repeats the epoch.
-        save_checkpoint(run / "last.pt", origin, history, **state)
+        save_checkpoint(run / "last.pt", origin, history, parts)
     return history
 
 
 # --------------------------------------------------------------------------- looking
-# A heat map shows which part of an image spoke for its grade. That should be the joint.
-# Where it is a letter or a screw, the network has learned something else.
+# A heat map shows which part of an image raised the logit of its grade. That should be
+# the joint. Where it is a letter or a screw, the network has learned something else.
 
 
 def grad_cam(model, images, grades):
-    """Return (rows of the joint, heat), float (N, H, W), of images (N, 1, S, S).
+    """Return (rows of the joint, heat), arrays (N, H, W), of images (N, 1, S, S).
 
-    Heat is from 0 to 1, high where the image spoke for its grade in `grades` (N,).
+    Heat is from 0 to 1, high where the image speaks for its grade in `grades` (N,).
     Grad-CAM (Selvaraju et al., 2017): weight each of the last feature maps by how much
     the logit of the grade rises with it, add them up, and keep what is above 0.
     """
     model.eval()
-    rows = images[:, :, joint_rows(images.shape[3])].float()  # (N, 1, H, W)
+    rows = show(images, (1, 0, 0))  # (N, 1, H, W)
     halves = model.halves(rows)  # (2N, 1, H, H)
     maps = model.features(halves)  # (2N, C, h, h)
     logits = model.head(maps).gather(1, grades[:, None])  # (N, 1)
@@ -719,30 +685,32 @@ def grad_cam(model, images, grades):
     heat = F.pad(heat, (0, rows.shape[3] - halves.shape[3]))  # (2N, 1, H, W)
     left, right = heat[:, 0].chunk(2)
     heat = torch.maximum(left, right.flip(2))
-    return rows[:, 0], heat / heat.amax((1, 2), keepdim=True).clamp(min=1e-9)
+    heat = heat / heat.amax((1, 2), keepdim=True).clamp(min=1e-9)
+    return rows[:, 0].cpu().numpy(), heat.cpu().numpy()
 
 
-def draw_heat(figure, titles, images, heat, columns):
-    """Draw images and their heat, both (N, H, W), side by side."""
-    rows = math.ceil(len(titles) / columns)
-    axes = figure.subplots(rows, 2 * columns, squeeze=False).ravel()
+def draw_heat(figure, model, images, grades, titles, columns):
+    """Draw images (N, 1, S, S), each beside the heat that speaks for its grade."""
+    rows, heat = grad_cam(model, images, grades)
+    lines = math.ceil(len(titles) / columns)
+    axes = figure.subplots(lines, 2 * columns, squeeze=False).ravel()
     for ax in axes:
         ax.axis("off")
     for i, title in enumerate(titles):
         plain, heated = axes[2 * i : 2 * i + 2]
         plain.set_title(title, fontsize=9, loc="left", parse_math=False)
-        plain.imshow(images[i], cmap="gray")
-        heated.imshow(images[i], cmap="gray")
+        plain.imshow(rows[i], cmap="gray")
+        heated.imshow(rows[i], cmap="gray")
         heated.imshow(heat[i], cmap="inferno", alpha=0.6 * heat[i])
 
 
 def draw_report(history, confusion):
-    """Return (figure, part of it that is empty): curves by epoch, confusion matrix."""
+    """Return a figure: curves by epoch, confusion matrix; its lower part is empty."""
     figure = Figure(figsize=(13, 6.2), layout="constrained", dpi=110)
-    upper, lower = figure.subfigures(2, 1, height_ratios=(3, 1))
-    loss, accuracy, matrix = upper.subplots(1, 3)
+    upper, _ = figure.subfigures(2, 1, height_ratios=(3, 1))
+    *curves, matrix = upper.subplots(1, 3)
     epochs = [row["epoch"] for row in history]
-    for name, ax in (("loss", loss), ("accuracy", accuracy)):
+    for name, ax in zip(("loss", "accuracy"), curves, strict=True):
         for subset, style in (("train", "o-"), ("val", "s--")):
             values = [row[f"{subset}_{name}"] for row in history]
             ax.plot(epochs, values, style, markersize=3, label=subset)
@@ -758,7 +726,7 @@ def draw_report(history, confusion):
         text = f"{count}\n{shares[true, predicted]:.0%}"
         matrix.text(predicted, true, text, ha="center", va="center")
     matrix.set(xlabel="predicted grade", ylabel="true grade", title="confusion matrix")
-    return figure, lower
+    return figure
 
 
 # The lesson ends here. The rest is support: data folders, files, commands.
@@ -769,11 +737,11 @@ def draw_report(history, confusion):
 SUFFIXES = {".png", ".jpg", ".jpeg", ".jfif", ".tif", ".tiff", ".bmp", ".webp", ".gif"}
 HIDDEN = (".", "@", "__MACOSX")  # such files and folders hold thumbnails and the like
 GRADE_WORDS = (
-    {"0", "none", "normal", "healthy"},
-    {"1", "i", "doubtful"},
-    {"2", "ii", "minimal", "mild"},
-    {"3", "iii", "moderate"},
-    {"4", "iv", "severe"},
+    "0 none normal healthy",
+    "1 i doubtful",
+    "2 ii minimal mild",
+    "3 iii moderate",
+    "4 iv severe",
 )
 FILLERS = {"kl", "klg", "grade", "stage", "class", "oa", "osteoarthritis"}
 SUBSET_WORDS = {
@@ -791,13 +759,14 @@ SIDE_OR_VISIT = re.compile(
     r"(?<![a-z])(l|r|lt|rt|left|right)(?![a-z])|\d[_-]v?\d\d?(?!\d)", re.IGNORECASE
 )
 OSAIL = Path(__file__).with_name("osail_patients.csv")
+COPY = 0.8  # measured: different knees reach .70; resized JPEG copies at least .84
 
 
 def grade_of(folder):
     """Return the grade that the name of a folder tells, or None: 3, KL3, 3Moderate."""
     words = set(re.findall(r"[^\W\d_]+|\d+", folder.lower())) - FILLERS
     for grade, known in enumerate(GRADE_WORDS):
-        if words and words <= known:
+        if words and words <= set(known.split()):
             return grade
     return None
 
@@ -823,17 +792,15 @@ def place_of(folders):
 def list_files(folder):
     """Return the files below a folder, sorted. Skip hidden ones, follow links.
 
-    Raise KneeError if there is no such folder, or one below it cannot be listed.
+    Raise KneeError if the folder or one below it cannot be listed.
     """
 
     def fail(error):
-        raise KneeError(f"{error.filename}: cannot be listed ({error.strerror})")
-
-    if not folder.is_dir():
         raise KneeError(
-            f"{folder}: is no folder (unpack an archive first); name that of your "
-            "X-rays with --data, or draw some: python phantoms.py phantoms"
+            f"{error.filename}: cannot be listed ({error.strerror}); name your folder "
+            "of X-rays with --data, or draw some: python phantoms.py phantoms"
         )
+
     files = []
     for parent, folders, names in os.walk(folder, onerror=fail, followlinks=True):
         folders[:] = [name for name in folders if not name.startswith(HIDDEN)]
@@ -846,56 +813,14 @@ def list_images(folder):
     return [file for file in list_files(folder) if file.suffix.lower() in SUFFIXES]
 
 
-def bare(name):
-    """Return a file's name without folders and suffix: a/knee.png is knee."""
-    return re.sub(r".*[/\\]|\.[a-z]{3,4}$", "", name, flags=re.IGNORECASE)
-
-
 def read_patients(path):
-    """Return {bare name of an image: patient} from a table image,patient."""
+    """Return {name of an image, without suffix: patient} from a table."""
     patients = {}
     for row in read_table(path, ("image", "patient")):
-        name = bare(row["image"])
+        name = Path(row["image"]).stem
         if patients.setdefault(name, row["patient"]) != row["patient"]:
             raise KneeError(f"{path}: {name} has two patients, keep one")
     return patients
-
-
-def find_xrays(folder, patients_file=None):
-    """Return (xrays, notes): the graded images of a folder, and lines to be printed.
-
-    The patient is that of the table (osail_patients.csv if none is named), else the
-    number in the file's name, else each image counts as a patient of its own.
-    Raise KneeError if there is not exactly one data set, or the table is of others.
-    """
-    folder = Path(folder)
-    table = patients_file or OSAIL
-    patients = read_patients(table) if patients_file or table.exists() else {}
-    places = {}  # path below the folder -> (data set, subset, grade)
-    for file in list_files(folder):
-        path = file.relative_to(folder)
-        places[path] = place_of(path.parts[:-1])
-    split_sets = {data_set for data_set, subset, _ in places.values() if subset}
-
-    xrays = []
-    found = set()
-    passed_over = Counter()
-    for path, (data_set, subset, grade) in places.items():
-        # Other folders beside train, val and test are not of the split.
-        beside = [above for above in split_sets if data_set[: len(above)] == above]
-        is_image = path.suffix.lower() in SUFFIXES
-        if grade is None or not is_image or (beside and not subset):
-            passed_over[f"{path.suffix} in {path.parent}"] += 1
-        else:
-            found.add("/".join(data_set) or ".")
-            patient = patients.get(bare(path.name)) or patient_in(path)
-            xrays.append(Xray(path.as_posix(), grade, patient, subset))
-
-    if len(found) != 1:
-        names = ", ".join([*sorted(found), *passed_over])
-        raise KneeError(f"{folder}: has {len(found)} data sets, name one ({names})")
-    notes = [f"passed over: {count} {what}" for what, count in passed_over.items()]
-    return xrays, notes + describe_patients(xrays, patients, patients_file)
 
 
 def patient_in(path):
@@ -906,79 +831,120 @@ def patient_in(path):
     return path.as_posix()
 
 
-def describe_patients(xrays, patients, patients_file):
-    """Return notes on how patients were read. Raise KneeError if a table is wrong."""
+def find_xrays(folder, patients_file=None):
+    """Return (xrays, notes): the graded images of a folder, and lines to be printed.
+
+    The patient is that of the table (osail_patients.csv if none is named), else the
+    number in the file's name, else each image counts as a patient of its own.
+    Raise KneeError if there is not exactly one data set, or the table is of others.
+    """
+    files = list_files(folder)
+    paths = [file.relative_to(folder) for file in files]
+    places = [place_of(path.parts[:-1]) for path in paths]
+    has_split = any(subset for _, subset, grade in places if grade is not None)
+    table = patients_file or OSAIL
+    patients = read_patients(table) if patients_file or table.exists() else {}
+
+    xrays = []
+    data_sets = set()
+    passed_over = Counter()
+    for path, (data_set, subset, grade) in zip(paths, places, strict=True):
+        beside = has_split and not subset  # other folders than train, val and test
+        if grade is None or beside or path.suffix.lower() not in SUFFIXES:
+            passed_over[f"{path.suffix} in {path.parent}"] += 1
+        else:
+            data_sets.add("/".join(data_set) or ".")
+            patient = patients.get(path.stem) or patient_in(path)
+            xrays.append(Xray(path.as_posix(), grade, patient, subset))
+    if len(data_sets) != 1:
+        names = ", ".join([*sorted(data_sets), *passed_over])
+        raise KneeError(f"{folder}: has {len(data_sets)} data sets, name one ({names})")
+
     n = len(xrays)
-    in_table = sum(bare(x.path) in patients for x in xrays)
-    unknown = sum(x.patient == x.path for x in xrays)
-    example = max(xrays, key=lambda x: x.patient != x.path)  # a known one, if any
-    if patients_file and not in_table:
+    named = [x for x in xrays if x.patient != x.path]
+    if patients_file and not patients.keys() & {path.stem for path in paths}:
         raise KneeError(
-            f"{patients_file}: has no row for any image: {bare(example.path)} is not in "
-            f"it, its own are like {min(patients)}"
+            f"{patients_file}: has no row for any image, neither for {xrays[0].path}; "
+            f"its own are like {min(patients)}"
         )
-    notes = []
-    if in_table:
-        notes.append(f"{in_table} of {n} images are in the table of patients")
-    if unknown:
-        notes.append(f"{unknown} of {n} tell no patient: each counts as one of its own")
-    if unknown < n:
-        notes.append(f"{example.path} is read as of patient {example.patient}")
-    return notes
+    notes = [f"passed over: {count} {what}" for what, count in passed_over.items()]
+    if named:
+        notes.append(f"{named[0].path} is read as of patient {named[0].patient}")
+    if len(named) < n:
+        notes.append(f"{n - len(named)} of {n} tell no patient: each is one of its own")
+    return xrays, notes
+
+
+def shrink(images):
+    """Return thumbnails (N, 1024), of mean 0 and length 1, of images (N, 1, S, S)."""
+    small = F.adaptive_avg_pool2d(images, 32).flatten(1)
+    return F.normalize(small - small.mean(1, keepdim=True))
+
+
+def find_copies(thumbnails, others):
+    """Return pairs (i, j): thumbnail i of (N, 1024) is a copy of other j of (M, 1024).
+
+    The product of two thumbnails is their correlation: 1 for equal images, at most .7
+    for different knees. Above .8, plain or mirrored, they are copies: resized, darkened
+    or saved as JPEG. A copy that was moved by 3 pixels or rotated may be missed.
+    """
+    mirrored = others.view(-1, 32, 32).flip(2).flatten(1)
+    pairs = []
+    for start in range(0, len(thumbnails), 1000):  # in blocks, to save memory
+        block = thumbnails[start : start + 1000]
+        correlation = torch.maximum(block @ others.T, block @ mirrored.T)
+        for i, j in (correlation > COPY).nonzero().tolist():
+            pairs.append((start + i, j))
+    return pairs
+
+
+def copies_in(dataset):
+    """Return pairs (i, j), i < j, of images of a KneeFolder that are copies."""
+    pairs = find_copies(dataset.thumbnails, dataset.thumbnails)
+    return [(i, j) for i, j in pairs if i < j]
 
 
 def join_copies(xrays, copies):
     """Return the X-rays with one patient for all copies of an image.
 
     `copies` are pairs of numbers. Where two have several grades, one grade is wrong and
-    nothing says which: they get the subset "left out".
+    nothing says which: they get the subset "left out". Raise KneeError if two copies,
+    or two images of a patient, are in two subsets.
     """
-    patients = [x.patient for x in xrays]
-    wrong = set()
+    first = {}  # patient -> number of the patient's first image
+    pairs = [(first.setdefault(x.patient, i), i) for i, x in enumerate(xrays)]
+    joined = list(xrays)
+    for i, j in pairs + copies:
+        one, other = xrays[i], xrays[j]
+        if one.subset != other.subset:
+            raise KneeError(
+                f"{one.path} in {one.subset} and {other.path} in {other.subset} are of "
+                f"patient {one.patient}, or copies: move one of them"
+            )
+        keep, drop = joined[i].patient, joined[j].patient
+        if keep != drop:
+            joined = [
+                x._replace(patient=keep) if x.patient == drop else x for x in joined
+            ]
     for i, j in copies:
-        keep, drop = patients[i], patients[j]
-        patients = [keep if patient == drop else patient for patient in patients]
         if xrays[i].grade != xrays[j].grade:
-            wrong |= {i, j}
-    joined = []
-    for i, x in enumerate(xrays):
-        subset = "left out" if i in wrong else x.subset
-        joined.append(x._replace(patient=patients[i], subset=subset))
+            for k in (i, j):
+                joined[k] = joined[k]._replace(subset="left out")
     return joined
 
 
-def check_leakage(xrays, copies):
-    """Raise KneeError if two images of a patient, or two copies, are in two subsets."""
-    related = [(xrays[i], xrays[j], "copies") for i, j in copies]
-    first = {}
-    for x in xrays:
-        related.append((first.setdefault(x.patient, x), x, f"of patient {x.patient}"))
-    for one, other, why in related:
-        if one.subset != other.subset:
-            raise KneeError(
-                f"{one.path} in {one.subset} and {other.path} in {other.subset} are "
-                f"{why}: move one of them"
-            )
+def make_split(xrays, seed):
+    """Return the X-rays with subsets. Raise KneeError if a grade has too few patients.
 
-
-def make_split(xrays, copies, seed):
-    """Return the X-rays with subsets, as the folders give them or new, copies joined.
-
-    Raise KneeError if a grade is missing in training, or if a given split has leaks.
+    Subsets that the folders give are kept; val is taken from train if it is missing.
     """
-    given = {x.subset for x in xrays} - {""}
-    if given:
-        check_leakage(xrays, copies)
-    joined = join_copies(xrays, copies)
-    to_split = [x for x in joined if x.subset in ("", "train")]
-    missing = set(range(len(GRADES))) - {x.grade for x in to_split}
-    if missing:
-        raise KneeError(f"there are no images of grade {min(missing)} to train on")
-    if "val" in given:
-        return joined
-    shares = {"train": 0.85, "val": 0.15} if given else SHARES
+    given = {x.subset for x in xrays}
+    shares = SHARES
+    if "train" in given:
+        shares = {"train": 1} if "val" in given else {"train": 0.85, "val": 0.15}
+    to_split = [x for x in xrays if x.subset in ("", "train")]
     split = {x.path: x for x in split_by_patient(to_split, seed, shares)}
-    return [split.get(x.path, x) for x in joined]
+    return [split.get(x.path, x) for x in xrays]
 
 
 # ----------------------------------------------------------------- files and machine
@@ -997,8 +963,7 @@ def save(path, content):
             "or close it in other programs"
         ) from error
     finally:
-        if part.exists():
-            part.unlink()
+        part.unlink(missing_ok=True)
 
 
 def save_table(path, rows):
@@ -1022,12 +987,11 @@ def read_table(path, columns):
     try:  # utf-8-sig: Excel begins a file with a byte order mark, and may write ; for ,
         text = Path(path).read_text("utf-8-sig", "surrogateescape")
         delimiter = ";" if ";" in text.partition("\n")[0] else ","
-        table = csv.DictReader(io.StringIO(text), delimiter=delimiter)
+        table = csv.DictReader(text.splitlines(), delimiter=delimiter)
         rows = [{name: row[name].strip() for name in columns} for row in table]
-    except Exception as error:  # no file, no such column, no text
+        rows[0]  # at least one
+    except Exception as error:  # no file, no such column, no row, no text
         raise KneeError(f"{path}: no table of {','.join(columns)} ({error})") from error
-    if not rows:
-        raise KneeError(f"{path}: has no rows under {','.join(columns)}")
     return rows
 
 
@@ -1041,7 +1005,7 @@ def origin_of(dataset, config):
     }
 
 
-def save_checkpoint(path, origin, history, **parts):
+def save_checkpoint(path, origin, history, parts):
     """Write a checkpoint: origin, history, and the state of model, optimizer, ..."""
     states = {name: part.state_dict() for name, part in parts.items()}
     file = io.BytesIO()
@@ -1049,39 +1013,41 @@ def save_checkpoint(path, origin, history, **parts):
     save(path, file.getvalue())
 
 
-def load_checkpoint(path, device="cpu"):
-    """Return (checkpoint, model). Raise KneeError if the file is missing or damaged."""
+def load_checkpoint(path, device="cpu", model=None):
+    """Return (checkpoint, model), a new one if none is given.
+
+    Raise KneeError if the file is missing or damaged, or its weights do not fit.
+    """
     try:
         # weights_only: a checkpoint from the internet cannot run code.
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        model = KneeNet(checkpoint["config"]["width"])
+        config = Config(**checkpoint["config"])
+        model = model or KneeNet(config.width)
         model.load_state_dict(checkpoint["model"])
         checkpoint["xrays"] = [Xray(*x) for x in checkpoint["xrays"]]
     except Exception as error:  # torch.load raises all kinds on foreign files
         raise KneeError(
-            f"{path}: missing, damaged or of another version; train first, or name "
-            "another --run"
+            f"{path}: missing, damaged or of another version or --width; train first, "
+            "or name another --run"
         ) from error
-    return checkpoint, model.to(device).eval()
+    return checkpoint, model.to(device)
 
 
-def resume(run, origin, state):
-    """Load the state of last.pt. Return the history of the run, empty if it is new.
+def resume(run, origin, parts):
+    """Load the parts of last.pt. Return the history of the run, empty if it is new.
 
     Raise KneeError if the run was begun with other settings, images or split.
     """
     if not (run / "last.pt").exists():
         return []
     last, _ = load_checkpoint(run / "last.pt")
-    for name, value in last["config"].items():
-        if origin["config"][name] != value:
-            raise KneeError(f"{run}: was begun with {name} {value}, name another --run")
-    same = last["xrays"] == origin["xrays"]
-    if not same or not torch.allclose(
-        last["thumbnails"], origin["thumbnails"], atol=0.01
-    ):
+    begun = dict(last["config"].items() - origin["config"].items())
+    if begun:
+        raise KneeError(f"{run}: was begun with {begun}, name another --run")
+    same_split = last["xrays"] == origin["xrays"]
+    if not (same_split and torch.equal(last["thumbnails"], origin["thumbnails"])):
         raise KneeError(f"{run}: was begun with other images, name another --run")
-    for name, part in state.items():
+    for name, part in parts.items():
         part.load_state_dict(last[name])
     return last["history"]
 
@@ -1098,8 +1064,17 @@ def mixed_precision(device):
     return torch.autocast(device.type, torch.bfloat16, enabled=bool(fast))
 
 
+# -------------------------------------------------------------------------- commands
+# Each takes the parsed command line: data, run, patients, device and the settings.
+
+
+def tell(note):
+    """Print a note within a line of 80 columns."""
+    print(note[:79])
+
+
 def pick_device(name):
-    """Return (torch.device, note) for the name of a device, or "auto".
+    """Return the torch.device of a name, or of "auto".
 
     Raise KneeError with the words of torch if the named device cannot be used.
     """
@@ -1110,27 +1085,32 @@ def pick_device(name):
         (torch.ones(1, device=wanted) + 1).item()  # an old GPU is seen, but fails here
     except Exception as error:  # torch raises all kinds
         words = str(error).partition("\n")[0]
-        if name == "auto":
-            return torch.device("cpu"), f"using the CPU, since the GPU fails: {words}"
-        raise KneeError(f"--device {name}: {words}; try --device auto") from error
-    return torch.device(wanted), ""
+        if name != "auto":
+            raise KneeError(f"--device {name}: {words}; try --device auto") from error
+        tell(f"using the CPU, since the GPU fails: {words}")
+        wanted = "cpu"
+    return torch.device(wanted)
 
 
-# -------------------------------------------------------------------------- commands
-# Each takes the parsed command line: data, run, patients, device and the settings.
-
-
-def print_notes(notes):
-    """Print notes, each within a line of 80 columns."""
-    for note in notes:
-        print(note[:79])
-
-
-def load_folder(folder, args, size):
-    """Return the KneeFolder of all graded images of a folder. Print what is odd."""
+def load_folder(args, size):
+    """Return the KneeFolder of --external, or of --data. Tell what is odd in it."""
+    folder = args.external or args.data
     xrays, notes = find_xrays(folder, args.patients)
+    if args.external:
+        xrays = [x._replace(subset="external") for x in xrays]
     dataset = KneeFolder(folder, xrays, size, args.device)
-    print_notes(notes + dataset.notes)
+    copies = copies_in(dataset)
+    dataset.xrays = join_copies(xrays, copies)
+    left_out = [x.path for x in dataset.xrays if x.subset == "left out"]
+    notes += dataset.notes
+    if copies:
+        i, j = copies[0]
+        pair = f"{xrays[i].path}, {xrays[j].path}"
+        notes.append(f"{len(copies)} pairs of images are copies: {pair}")
+    if left_out:
+        notes.append(f"{len(left_out)} of several grades are left out: {left_out[0]}")
+    for note in notes:
+        tell(note)
     return dataset
 
 
@@ -1139,13 +1119,10 @@ def read_split(path):
     xrays = []
     for row in read_table(path, Xray._fields):
         grade = grade_of(row["grade"])
-        subset = SUBSET_WORDS.get(row["subset"])
-        if grade is None or subset is None:
-            raise KneeError(
-                f"{path}: {row['path']} has a wrong grade or subset, mend it"
-            )
+        if grade is None or row["subset"] not in SHARES:
+            raise KneeError(f"{path}: {row['path']} has a wrong grade or subset")
         patient = row["patient"] or row["path"]
-        xrays.append(Xray(row["path"], grade, patient, subset))
+        xrays.append(Xray(row["path"], grade, patient, row["subset"]))
     if not {"train", "val"} <= {x.subset for x in xrays}:
         raise KneeError(f"{path}: has no train or no val, remove it and split anew")
     return xrays
@@ -1155,127 +1132,70 @@ def open_split(args, config):
     """Return the KneeFolder of a run by its split.csv, which is made if missing."""
     path = args.run / "split.csv"
     if not path.exists():
-        dataset = load_folder(args.data, args, config.size)
-        dataset.xrays = make_split(dataset.xrays, dataset.copies, config.seed)
-        wrong = [x.path for x in dataset.xrays if x.subset not in SHARES]
-        if wrong:
-            print_notes([f"{len(wrong)} copies of several grades left out: {wrong[0]}"])
+        dataset = load_folder(args, config.size)
+        dataset.xrays = make_split(dataset.xrays, config.seed)
         save_table(path, [x._asdict() for x in dataset.xrays if x.subset in SHARES])
         return dataset
 
-    if args.patients:
-        print(f"{path} tells the patients already; remove it to use {args.patients}")
-    images = list_images(args.data)
     dataset = KneeFolder(args.data, read_split(path), config.size, args.device)
-    check_leakage(dataset.xrays, dataset.copies)
-    if len(images) > len(dataset):
-        new = len(images) - len(dataset)
-        print(f"{new} images are not in {path}; remove it to split anew")
+    join_copies(dataset.xrays, copies_in(dataset))  # raises KneeError at a leak
+    unlisted = len(list_images(args.data)) - len(dataset)
+    if unlisted > 0:
+        tell(f"{unlisted} images are not in {path}")
+    if args.patients:
+        tell(f"{path} tells the patients already; remove it to split anew")
     return dataset
 
 
 def command_split(args):
     """Split the patients into train, val and test: RUN/split.csv."""
-    xrays = open_split(args, args.config).xrays
-    print("grade        0      1      2      3      4  patients")
+    xrays = open_split(args, config_of(vars(args))).xrays
+    images = Counter((x.subset, x.grade) for x in xrays)
+    patients = Counter(subset for subset, _ in {(x.subset, x.patient) for x in xrays})
+    print("grade     0     1     2     3     4  patients")
     for subset in SHARES:
-        members = [x for x in xrays if x.subset == subset]
-        counts = Counter(x.grade for x in members)
-        patients = len({x.patient for x in members})
-        row = "{:7}{:7}{:7}{:7}{:7}{:7}{:10}"
-        print(row.format(subset, *[counts[g] for g in range(len(GRADES))], patients))
+        columns = [f"{images[subset, grade]:5}" for grade in range(len(GRADES))]
+        print(f"{subset:5}", *columns, f"{patients[subset]:9}")
 
 
 def command_train(args):
     """Train a network, keep its best epoch, test it: history.csv, last.pt, best.pt."""
-    config = args.config
+    config = config_of(vars(args))
     dataset = open_split(args, config)
     if config.weights:
-        check_unknown(dataset, load_checkpoint(config.weights)[0])
+        check_unknown(dataset, "test", load_checkpoint(config.weights)[0])
     n = len(dataset.subset("train"))
     threads = torch.get_num_threads()
     print(f"training on {n} images, on {args.device} with {threads} threads")
     if n < 1000:
         print("so few images may do better with --epochs 60 --batch 16")
     train(dataset, config, args.run)
-    command_evaluate(args, dataset)
+    test(args, dataset, "test")
     print(f'\nnext: python kneeoa.py plot --data "{args.data}" --run "{args.run}"')
 
 
-def check_unknown(dataset, checkpoint):
-    """Raise KneeError if an image to be tested is a copy of one that was trained on."""
-    tested = [
-        i for i, x in enumerate(dataset.xrays) if x.subset in ("test", "external")
-    ]
-    copies = find_copies(dataset.thumbnails[tested], checkpoint["thumbnails"])
+def command_evaluate(args):
+    """Test the best epoch: metrics.json, predictions.csv; or on --external."""
+    last, _ = load_checkpoint(args.run / "last.pt")
+    config = Config(**last["config"])
+    if args.external:
+        test(args, load_folder(args, config.size), "external")
+    else:
+        finished = len(last["history"]) == config.epochs
+        test(args, open_split(args, config), "test" if finished else "val")
+
+
+def check_unknown(dataset, subset, checkpoint):
+    """Raise KneeError if an image of a subset is a copy of one that was trained on."""
+    numbers = dataset.subset(subset).indices.tolist()
+    copies = find_copies(dataset.thumbnails[numbers], checkpoint["thumbnails"])
     if copies:
         i, j = copies[0]
-        other = checkpoint["xrays"][j].path
+        one, other = dataset.xrays[numbers[i]], checkpoint["xrays"][j]
         raise KneeError(
-            f"{dataset.xrays[tested[i]].path} is a copy of {other}, which was in "
-            f"training ({len(dict(copies))} of {len(tested)} images are such): test on others"
+            f"{one.path} is a copy of {other.path}, which was in training "
+            f"({len(dict(copies))} of {len(numbers)} images are such): test on others"
         )
-    known = {x.patient for x in checkpoint["xrays"] if x.patient != x.path}
-    shared = known & {dataset.xrays[i].patient for i in tested}
-    if shared:  # no proof: another hospital counts its patients from 1, too
-        print(f"{len(shared)} patients' numbers occur in training, too: the same?")
-
-
-def command_evaluate(args, dataset=None):
-    """Test the best epoch: metrics.json, predictions.csv; or on --external."""
-    checkpoint, model = load_checkpoint(args.run / "best.pt", args.device)
-    config = Config(**checkpoint["config"])
-    if args.external:
-        dataset = load_folder(args.external, args, config.size)
-        xrays = [x._replace(subset="external") for x in dataset.xrays]
-        dataset.xrays = join_copies(xrays, dataset.copies)
-        subset = "external"
-        result_file = external_file(args)
-        table_file = result_file.with_suffix(".csv")
-    else:
-        dataset = dataset or open_split(args, config)
-        last, _ = load_checkpoint(args.run / "last.pt")
-        finished = len(last["history"]) == config.epochs
-        subset = "test" if finished and len(dataset.subset("test")) else "val"
-        result_file = args.run / "metrics.json"
-        table_file = args.run / "predictions.csv"
-
-    if subset != "val":
-        check_unknown(dataset, checkpoint)
-    images, grades = dataset.subset(subset)[:]
-    xrays = [x for x in dataset.xrays if x.subset == subset]
-    probabilities = predict(model, images)
-    trained_on = Counter(x.grade for x in checkpoint["xrays"] if x.subset == "train")
-    majority = max(trained_on, key=trained_on.get)
-    result = {
-        "subset": subset,
-        "data": str((args.external or args.data).resolve()),
-        "epoch": len(checkpoint["history"]),
-        "parameters": sum(weights.numel() for weights in model.parameters()),
-        "majority_accuracy": (grades == majority).float().mean().item(),
-        "intervals": bootstrap(probabilities, grades, [x.patient for x in xrays]),
-        **evaluate(probabilities, grades),
-    }
-    print_result(result, majority)
-    rows = prediction_rows([x.path for x in xrays], probabilities)
-    for x, row in zip(xrays, rows, strict=True):
-        row["grade"] = x.grade
-    save_table(table_file, rows)
-    # JSON has no NaN: null stands in for it.
-    result = json.loads(json.dumps(result), parse_constant=lambda nan: None)
-    save(result_file, json.dumps(result, indent=1).encode())
-
-
-def external_file(args):
-    """Return RUN/external_NAME.json; with the parent's name if NAME is taken."""
-    folder = args.external.resolve()
-    name = folder.name
-    for parent in folder.parents:
-        file = args.run / f"external_{name}.json"
-        if not file.exists() or json.loads(file.read_text())["data"] == str(folder):
-            break
-        name = f"{parent.name}_{name}"
-    return file
 
 
 REMARKS = {
@@ -1285,24 +1205,66 @@ REMARKS = {
 }
 
 
-def print_result(result, majority):
-    """Print the result of a test."""
-    head = "\n{n} images ({subset}), epoch {epoch}:".format(**result)
-    print(head, REMARKS[result["subset"]])
-    for name in METRICS:
-        low, high = result["intervals"][name]
+def test(args, dataset, subset):
+    """Test best.pt on a subset of a KneeFolder, on val if there is no test.
+
+    Print the result, and write it into metrics.json and predictions.csv, or into
+    external_NAME.json and external_NAME.csv.
+    """
+    checkpoint, model = load_checkpoint(args.run / "best.pt", args.device)
+    result_file = args.run / "metrics.json"
+    table_file = args.run / "predictions.csv"
+    folder = (args.external or args.data).resolve()
+    if subset == "external":
+        result_file = args.run / f"external_{folder.name}.json"
+        table_file = result_file.with_suffix(".csv")
+        taken = result_file.exists() and json.loads(result_file.read_text())["data"]
+        if taken and taken != str(folder):
+            raise KneeError(f"{result_file}: is of {taken}, rename it")
+    if not len(dataset.subset(subset)):
+        subset = "val"
+    if subset != "val":
+        check_unknown(dataset, subset, checkpoint)
+
+    xrays = [x for x in dataset.xrays if x.subset == subset]
+    patients = [x.patient for x in xrays]
+    images, grades = dataset.subset(subset)[:]
+    probabilities = predict(model, images)
+    trained_on = Counter(x.grade for x in checkpoint["xrays"] if x.subset == "train")
+    majority = max(trained_on, key=trained_on.get)
+    result = {
+        "subset": subset,
+        "data": str(folder),
+        "epoch": len(checkpoint["history"]),
+        "parameters": sum(weights.numel() for weights in model.parameters()),
+        "majority_accuracy": (grades == majority).float().mean().item(),
+        "intervals": bootstrap(probabilities, grades, patients),
+        **evaluate(probabilities, grades),
+    }
+    print("\n{n} images ({subset}), epoch {epoch}:".format(**result), REMARKS[subset])
+    for name, (low, high) in result["intervals"].items():
         print(f"{name:18}{result[name]:6.3f}   95 %: {low:.3f} to {high:.3f}")
     print(f"always grade {majority}: accuracy {result['majority_accuracy']:.3f}")
     print("recall of each grade:", *[f"{recall:.3f}" for recall in result["recall"]])
+    numbers = {x.patient for x in checkpoint["xrays"] if x.patient != x.path}
+    shared = numbers & set(patients)
+    if shared:  # no proof: another hospital counts from 1, too
+        print(f"{len(shared)} patients' numbers occur in training, too: the same?")
+
+    save_table(table_file, prediction_rows(xrays, probabilities))
+    # JSON has no NaN: null stands in for it.
+    result = json.loads(json.dumps(result), parse_constant=lambda nan: None)
+    save(result_file, json.dumps(result, indent=1).encode())
 
 
-def prediction_rows(paths, probabilities):
-    """Return rows of a table: path, predicted grade, probability of each grade."""
+def prediction_rows(xrays, probabilities):
+    """Return rows of a table: path, grade, predicted grade, five probabilities."""
     rows = []
     predicted = decide(probabilities).tolist()
-    for path, grade, p in zip(paths, predicted, probabilities.tolist(), strict=True):
-        row = {"path": path, "predicted": grade}
-        row.update({f"p{i}": f"{p[i]:.4f}" for i in range(len(GRADES))})
+    for x, answer, p in zip(xrays, predicted, probabilities.tolist(), strict=True):
+        row = {"path": x.path, "grade": x.grade, "predicted": answer}
+        for grade in range(len(GRADES)):
+            row[f"p{grade}"] = f"{p[grade]:.4f}"
         rows.append(row)
     return rows
 
@@ -1311,22 +1273,20 @@ def command_plot(args):
     """Draw a run into RUN/report.png: loss, accuracy, confusion matrix, heat maps."""
     _, model = load_checkpoint(args.run / "best.pt", args.device)
     last, _ = load_checkpoint(args.run / "last.pt")
-    columns = ("path", "grade", "predicted")
-    table = read_table(args.run / "predictions.csv", columns)
+    table = read_table(args.run / "predictions.csv", ("path", "grade", "predicted"))
     result = json.loads((args.run / "metrics.json").read_text())
-    figure, lower = draw_report(last["history"], result["confusion"])
+    figure = draw_report(last["history"], result["confusion"])
     title = "{n} images ({subset}), epoch {epoch}".format(**result)
     figure.suptitle(f"{args.run.name}: {title}", parse_math=False)
 
-    first = {row["grade"]: row for row in reversed(table)}  # of each grade
+    first = {row["grade"]: row for row in reversed(table)}  # of each true grade
     titles = []
     xrays = []
     for grade, row in sorted(first.items()):
         titles.append(f"true grade {grade}, predicted {row['predicted']}")
-        xrays.append(Xray(row["path"], int(row["predicted"]), "", ""))
+        xrays.append(Xray(row["path"], int(row["predicted"])))
     dataset = KneeFolder(args.data, xrays, last["config"]["size"], args.device)
-    images, heat = grad_cam(model, dataset.images, dataset.grades)
-    draw_heat(lower, titles, images.cpu().numpy(), heat.cpu().numpy(), len(titles))
+    draw_heat(figure.subfigs[1], model, *dataset[:], titles, len(titles))
     save_figure(args.run / "report.png", figure)
     print(f"drawn: {args.run / 'report.png'}")
 
@@ -1334,36 +1294,36 @@ def command_plot(args):
 def command_predict(args):
     """Print the grade of images and the probability of each; --csv, --heatmap."""
     checkpoint, model = load_checkpoint(args.run / "best.pt", args.device)
-    xrays = []
+    files = []
     for path in args.images:
-        files = list_images(path) if path.is_dir() else [path]
-        xrays += [Xray(str(file), 0, "", "") for file in files]
-    if not xrays:
-        raise KneeError(f"{args.images[0]}: has no images in it, name another folder")
+        files += list_images(path) if path.is_dir() else [path]
+    xrays = [Xray(str(file), grade=0) for file in files]
     dataset = KneeFolder("", xrays, checkpoint["config"]["size"], args.device)
-    print_notes(dataset.notes)
+    for note in dataset.notes:
+        tell(note)
     probabilities = predict(model, dataset.images)
-    rows = prediction_rows([x.path for x in xrays], probabilities)
+    rows = prediction_rows(xrays, probabilities)
     print("file  grade  name  p0  p1  p2  p3  p4")
     for row in rows:
+        del row["grade"]
         path, grade, *numbers = row.values()
         print(path, grade, GRADES[grade], *numbers, sep="  ")
     if args.csv:
         save_table(args.csv, rows)
     if args.heatmap:
-        images, heat = grad_cam(model, dataset.images, decide(probabilities))
         titles = ["{path}: {predicted}".format(**row)[-40:] for row in rows]
         figure = Figure((13, 2 * math.ceil(len(rows) / 3)), layout="constrained")
-        draw_heat(figure, titles, images.cpu().numpy(), heat.cpu().numpy(), 3)
+        draw_heat(figure, model, dataset.images, decide(probabilities), titles, 3)
         save_figure(args.heatmap, figure)
 
 
 def command_tune(args):
     """Train with all combinations of settings, best first by validation: tune.csv."""
-    grid = [getattr(args, field.name) for field in fields(Config)]
+    names = [field.name for field in fields(Config)]
+    grid = [getattr(args, name) for name in names]
     rows = []
     for values in itertools.product(*grid):
-        config = Config(*values)
+        config = config_of(dict(zip(names, values, strict=True)))
         print(config)
         folder = args.run / "tune" / "_".join(map(str, values))
         history = train(open_split(args, config), config, folder)
@@ -1386,25 +1346,19 @@ RANGES = {
     "batch": (2, 4096),
     "epochs": (1, 10_000),
     "lr": (1e-6, 1),
-    "warmup": (0.01, 0.99),
+    "warmup": (0.1, 0.9),
     "weight_decay": (0, 1),
     "dropout": (0, 0.95),
     "width": (4, 256),
 }
 
 
-def setting(field):
-    """Return a function that reads a setting from text, and checks its range."""
-    low, high = RANGES.get(field.name, (-math.inf, math.inf))
-
-    def read(text):
-        value = field.type(text)
-        if field.type is not str and not low <= value <= high:  # NaN fails, too
-            raise argparse.ArgumentTypeError(f"{text}: must be from {low} to {high}")
-        return value
-
-    read.__name__ = field.type.__name__  # argparse names it: "invalid int value"
-    return read
+def config_of(values):
+    """Return the Config of values by name. Raise KneeError if one is out of range."""
+    for name, (low, high) in RANGES.items():
+        if not low <= values[name] <= high:  # NaN fails, too
+            raise KneeError(f"--{name} {values[name]}: must be from {low} to {high}")
+    return Config(**{field.name: values[field.name] for field in fields(Config)})
 
 
 class Parser(argparse.ArgumentParser):
@@ -1412,6 +1366,18 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         raise KneeError(f"{message}; see --help")
+
+
+def add_settings(command, several):
+    """Add an option for each field of Config; `several` values of each for tune."""
+    command.epilog = inspect.getsource(Config)  # its comments explain the settings
+    for field in fields(Config):
+        command.add_argument(
+            "--" + field.name.replace("_", "-"),
+            type=field.type,
+            default=[field.default] if several else field.default,
+            nargs="+" if several else None,
+        )
 
 
 def parse(argv):
@@ -1422,7 +1388,9 @@ def parse(argv):
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, function in COMMANDS.items():
         about = function.__doc__
-        command = commands.add_parser(name, help=about, description=about)
+        command = commands.add_parser(
+            name, help=about, description=about, formatter_class=plain
+        )
         add = command.add_argument
         add("--data", type=Path, help="folder of X-rays (data, else phantoms)")
         add("--run", type=Path, help="folder of results (runs/ and the data's name)")
@@ -1435,19 +1403,10 @@ def parse(argv):
             add("--csv", type=Path, help="a file to write the table into")
             add("--heatmap", type=Path, help="a PNG file to draw heat maps into")
         if name in ("split", "train", "tune"):
-            # The comments of Config explain the settings.
-            command.epilog = inspect.getsource(Config)
-            command.formatter_class = plain
-            for field in fields(Config):
-                option = "--" + field.name.replace("_", "-")
-                several = {"default": [field.default], "nargs": "+"}
-                one = {"default": field.default}
-                add(option, type=setting(field), **(several if name == "tune" else one))
+            add_settings(command, several=name == "tune")
     args = parser.parse_args(argv)
     args.data = args.data or Path("data" if Path("data").is_dir() else "phantoms")
     args.run = args.run or Path("runs", args.data.resolve().name)
-    if args.command in ("split", "train"):
-        args.config = Config(*[getattr(args, field.name) for field in fields(Config)])
     return args
 
 
@@ -1455,8 +1414,7 @@ def main(argv=None):
     """Run a command line. Return the exit status: 2 after a user's mistake."""
     try:
         args = parse(argv)
-        args.device, note = pick_device(args.device)
-        print_notes([note] if note else [])
+        args.device = pick_device(args.device)
         COMMANDS[args.command](args)
     except KneeError as error:
         print("kneeoa: error: " + str(error).replace("\n", "\\n"), file=sys.stderr)
