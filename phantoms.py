@@ -14,6 +14,15 @@ import numpy as np
 from PIL import Image
 from tqdm import trange
 
+# The severity at which each sign begins: a narrow joint space, spurs, sclerosis, and
+# ends of the bones that are deformed.
+STARTS = np.array((0.5, 0.3, 1.5, 3.0))
+
+# The least and the greatest of what both knees of a patient share: half the width of
+# the bones, joint space, notch, spines, waist, contrast.
+LEAST = (0.68, 0.06, 0.15, 0.09, 0.14, 0.9)
+GREATEST = (0.84, 0.08, 0.24, 0.14, 0.30, 1.5)
+
 
 def bump(x, width):
     """Return 1 where x is 0, falling to 0 on both sides."""
@@ -25,58 +34,51 @@ def step(x, width):
     return 0.5 + 0.5 * np.tanh(x / width)
 
 
-def draw_knee(severity, patient, knee):
-    """Return a right knee, uint8 (224, 224), of a severity that rounds to its grade.
-
-    The random generator `patient` varies what both knees of a patient share, the
-    generator `knee` varies the rest.
-    """
-    # Each sign begins at a severity of its own, and none is sure.
-    starts = np.array((0.5, 0.3, 1.5, 3.2)) + knee.normal(0, 0.2, 4)
-    narrow, spurs, hard, sunk = ((severity - starts) / (4.2 - starts)).clip(0, 1)
+def draw_knee(severity, build, random):
+    """Return a left knee, uint8 (224, 224), of a severity that rounds to its grade."""
+    half, gap, notch, spines, waist, contrast = build
+    noise = random.normal(0, 0.2, 4)  # so no sign is sure
+    signs = (severity - STARTS + noise) / (4.2 - STARTS)
+    narrow, spurs, hard, deformed = signs.clip(0, 1)
 
     # x runs to the right and y down, from -1 to 1, with the joint near the origin.
     y, x = np.mgrid[-1:1:224j, -1:1:224j]
-    x = x + knee.normal(0, 0.05) * y + knee.normal(0, 0.05)
-    y = y + knee.normal(0, 0.05) * x + knee.normal(0, 0.05)
-    half = patient.uniform(0.68, 0.84)  # of the width of the bones
-    worn = step(patient.choice((1, 1, 1, -1)) * x, 0.1)  # 1 on the side that wears
-    gap = patient.uniform(0.06, 0.08) * (1 - narrow * (0.1 + 0.9 * worn))
-    sunk = 0.09 * sunk * worn * bump(abs(x) - 0.4, 0.25)
-    notch = patient.uniform(0.15, 0.24) * abs(2.1 * abs(x) / half - 1.1) ** 4
-    spine = patient.uniform(0.09, 0.14) * bump(abs(x) - 0.09, 0.07)
-    grain = Image.fromarray(knee.normal(0, 0.03, (40, 40))).resize(x.shape)
+    tilt, right, down = random.normal(0, 0.05, 3)
+    x = x + tilt * y + right
+    y = y - tilt * x + down
+    side = abs(x)
+    worn = step(-x, 0.1)  # 1 on the inner side, which wears more
+    gap = gap - worn * (gap * narrow + 0.08 * deformed * bump(side - 0.4, 0.25))
+    femur = gap + notch * (2.1 * side / half - 1.1) ** 4  # its surface
+    tibia = gap - spines * bump(side - 0.09, 0.07)
+    grain = Image.fromarray(random.normal(0, 0.05, (40, 40))).resize((224, 224))
 
-    # Add up what the rays meet: soft tissue, then femur and tibia.
-    ray = 0.14 + 0.3 * step(1 - abs(x), 0.3)
-    for away, surface in ((-y, gap + notch - sunk), (y, gap - spine + sunk)):
-        waist = patient.uniform(0.14, 0.3) * step(away - 0.5, 0.15)
+    # Add up what the rays meet: soft tissue, then the two bones.
+    ray = 0.1 + 0.3 * step(1 - side, 0.3)
+    for away, surface in ((-y, femur), (y, tibia)):
         spur = spurs * (0.05 + 0.12 * worn) * bump(away - 0.13, 0.06)
-        depth = np.minimum(away - surface, half - waist + spur - abs(x))  # in the bone
+        edge = half - waist * step(away - 0.5, 0.15) + spur
+        depth = np.minimum(away - surface, edge - side)  # in the bone
         bright = 0.2 + 0.1 * bump(depth, 0.04) + 0.3 * hard * worn * bump(depth, 0.1)
         ray += step(depth, 0.012) * (bright + np.asarray(grain))
-    ray += patient.uniform(0.004, 0.018) * knee.normal(0, 1, x.shape)
-    dark, gamma, contrast = patient.uniform((0, 0.7, 0.6), (0.2, 1.3, 0.9))
-    grey = dark + contrast * (1.8 * ray - 0.4).clip(0, 1.2) ** gamma
-    return np.uint8(255 * grey.clip(0, 1))
+    return np.uint8(255 * (contrast * ray).clip(0, 1))
 
 
 def draw(folder, count=1000, seed=0):
     """Draw knees, two of each patient, into a new folder."""
-    folder = Path(folder)
-    if folder.exists():
+    if Path(folder).exists():
         sys.exit(f"phantoms: error: {folder} is there already, name another folder")
     part = Path(f"{folder}.part")  # it takes the folder's name when it is complete
-    for i in trange(count, desc="draw", leave=False):
-        number, left = divmod(i, 2)
-        patient = np.random.default_rng((seed, number))
-        knee = np.random.default_rng((seed, number, 1 + left))
-        severity = patient.choice((0, 0, 1, 2, 2, 3, 4)) + patient.uniform(-0.5, 0.5)
-        severity = (severity + knee.normal(0, 0.3)).clip(-0.49, 4.49)
-        grey = draw_knee(severity, patient, knee)
-        file = part / str(round(severity)) / f"{1_000_001 + number}{'RL'[left]}.png"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(grey[:, ::-1] if left else grey).save(file)
+    for number in trange(count // 2, desc="draw", leave=False):
+        random = np.random.default_rng((seed, number))
+        build = random.uniform(LEAST, GREATEST)
+        severity = random.choice((0, 0, 1, 2, 2, 3, 4)) + random.uniform(-0.5, 0.5)
+        for side, columns in (("L", 1), ("R", -1)):
+            own = (severity + random.normal(0, 0.3)).clip(-0.49, 4.49)
+            knee = draw_knee(own, build, random)[:, ::columns]
+            file = part / str(round(own)) / f"{1_000_001 + number}{side}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(knee).save(file)
     part.rename(folder)
 
 
