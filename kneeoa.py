@@ -1,22 +1,23 @@
 """Grade knee osteoarthritis from X-rays with a convolutional network.
 
-    python phantoms.py phantoms             # draw 1,000 knees to try all this with
+    python phantoms.py phantoms             # draw 1,000 knees to try this with
     python kneeoa.py train --data phantoms  # split, train and evaluate
-    python kneeoa.py plot --data phantoms   # draw the run: runs/phantoms/report.png
+    python kneeoa.py plot --data phantoms   # draw it: runs/phantoms/report.png
     python kneeoa.py predict knee.png --run runs/phantoms
 
-The Kellgren-Lawrence (KL) scale (Kellgren and Lawrence, 1957) grades a knee from
-0 (none) to 4 (severe). On its way to a grade, an image goes through six steps:
+The Kellgren-Lawrence (KL) scale (Kellgren and Lawrence, 1957) grades a knee
+from 0 (none) to 4 (severe). An image takes six steps to its grade:
 
-    image file         -> a square of greys     (224, 224)        read_xray
-    greys              -> standardized image    (1, 224, 224)     standardize
-    standardized image -> rows of the joint     (1, 128, 224)     crop
-    rows of the joint  -> features, logits      (384,), (5,)      KneeNet
-    logits             -> five probabilities    (5,)              predict
-    probabilities      -> grade                 0, 1, 2, 3 or 4   decide
+    image file         -> a square of greys   (224, 224)       read_xray
+    greys              -> standardized image  (1, 224, 224)    standardize
+    standardized image -> rows of the joint   (1, 128, 224)    crop
+    rows of the joint  -> features, logits    (384,), (5,)     KneeNet
+    logits             -> five probabilities  (5,)             predict
+    probabilities      -> grade               0, 1, 2, 3 or 4  decide
 
 Read this file from top to bottom. The lesson ends with "looking"; data folders,
-files and commands follow. This is no medical device. SPDX-License-Identifier: MIT
+files and commands follow. This is no medical device.
+SPDX-License-Identifier: MIT
 """
 
 import argparse
