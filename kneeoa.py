@@ -12,7 +12,7 @@ from 0 (none) to 4 (severe). An image takes six steps to its grade:
     greys              -> standardized image  (1, 224, 224)    standardize
     standardized image -> rows of the joint   (1, 128, 224)    crop
     rows of the joint  -> features, logits    (384,), (5,)     KneeNet
-    logits             -> five probabilities  (5,)             predict
+    logits             -> five probabilities  (5,)             predict (softmax)
     probabilities      -> grade               0, 1, 2, 3 or 4  decide
 
 Read this file from top to bottom. The lesson ends with "looking"; data folders,
@@ -33,8 +33,9 @@ import re
 import sys
 import time
 from collections import Counter, defaultdict, namedtuple
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
+from statistics import mode
 
 import numpy as np
 import torch
@@ -53,8 +54,8 @@ class KneeError(Exception):
 
 
 # ------------------------------------------------------------------------- settings
-# Every setting of training stands here; EXPERIMENTS.md has the measurements. Each field
-# is an option of the command line: `--batch 64`.
+# The settings of training stand here; EXPERIMENTS.md has the measurements. Each is an
+# option of the command line: `--batch 64`.
 
 
 @dataclass
@@ -70,8 +71,8 @@ class Config:
     dropout: float = 0.3  # share of the features set to 0 before the last layer
     width: int = 32  # channels of the first stage; the last has 6 times as many
     rotate: float = 12.0  # augmentation: by at most so many degrees
-    scale: float = 0.17  # augmentation: at most e^.17 = 1.19 times larger
-    stretch: float = 0.085  # augmentation: at most e^.085 = 1.09 times wider
+    scale: float = 0.17  # augmentation: by a factor of at most e^.17 = 1.19
+    stretch: float = 0.085  # augmentation: of the width alone, e^.085 = 1.09
     shift: float = 0.085  # augmentation: by at most this share of the side
     seed: int = 0  # for the split, the initial weights, the order, augmentation
     weights: str = ""  # a checkpoint to start from (fine-tuning)
@@ -82,7 +83,6 @@ class Config:
 # it. So every kind of file becomes the same thing here: a square of grey bytes,
 # upright, with bright bone.
 
-FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "WEBP", "GIF")
 PngImagePlugin.MAX_TEXT_CHUNK = 2**30  # a long comment in a file does no harm
 PngImagePlugin.MAX_TEXT_MEMORY = 2**30
 NEGATIVE = "negatives (dark bone), inverted"
@@ -100,9 +100,9 @@ def upright(image):
 def read_grey(path):
     """Return an image file as uint8 (H, W). Raise KneeError if it is unreadable."""
     try:
-        with Image.open(path, formats=FORMATS) as image:
+        with Image.open(path) as image:
             image = upright(image)
-            if image.mode[0] not in "IF":  # neither 16-bit integers nor floats
+            if image.mode[0] not in "IF":  # neither 16 or 32-bit integers nor floats
                 return np.asarray(image.convert("L"))
             deep = np.nan_to_num(np.asarray(image, np.float64))
     except Exception as error:  # Pillow raises a dozen kinds on damaged files
@@ -120,7 +120,7 @@ def what_is_odd(grey):
     Air is dark and lies at the sides of a knee. In a negative, an inverted film, the
     outer columns are brighter than the middle. A column of one grey is no air but a
     margin that some program added, so it does not count. Between two knees there is
-    air, too: an image of both is never taken for a negative.
+    air, too: a very wide image is never taken for a negative.
     """
     if grey.shape[1] > 1.9 * grey.shape[0]:
         return WIDE
@@ -128,8 +128,8 @@ def what_is_odd(grey):
     n = len(brightness)
     if n < 14:
         return ""
-    outer = np.delete(brightness, slice(n // 14, n - n // 14))
-    middle = brightness[n // 4 : n - n // 4]
+    outer = np.delete(brightness, slice(n // 14, n - n // 14))  # two times 1/14
+    middle = brightness[n // 4 : n - n // 4]  # one half
     return NEGATIVE if outer.mean() > middle.mean() else ""
 
 
@@ -137,7 +137,7 @@ def to_square(grey, size):
     """Return the middle square of a grey image as uint8 (size, size), bone bright."""
     if what_is_odd(grey) == NEGATIVE:
         grey = 255 - grey
-    # Never stretch an image: the grade depends on the width of the joint space.
+    # Never squeeze an image into a square: the grade depends on the joint space.
     square = ImageOps.fit(Image.fromarray(grey), (size, size), Image.Resampling.LANCZOS)
     return np.array(square)
 
@@ -161,16 +161,19 @@ def standardize(images):
     images = images.float()
     reach = max(1, round(2 / 224 * images.shape[-1]))  # 2 of 224: squares of 5 x 5
     around = images
-    for _ in range(2):  # the mean of means: near pixels count most
+    # A mean of means reaches 4 pixels far, and near pixels count most. Along a row, the
+    # weights are 1 2 3 4 5 4 3 2 1.
+    for _ in range(2):
         around = F.avg_pool2d(around, 2 * reach + 1, 1, reach, count_include_pad=False)
     detail = images - around
     deviation = detail.square().mean((2, 3), keepdim=True).sqrt()  # (N, 1, 1, 1)
-    return detail / (deviation + 1)  # + 1: an empty image is not divided by 0
+    return detail / (deviation + 1)  # + 1: no division by 0 in an empty image
 
 
 # ------------------------------------------------------------------------- data set
-# Decoding a PNG takes longer than training on it. So each image is decoded and
-# standardized once, and stays in memory: 5,778 images take 580 MB as float16.
+# Each image is decoded and standardized once, and stays in memory, so that no epoch
+# waits for files: 5,778 images take 580 MB as float16. There is no DataLoader: a tensor
+# of numbers (an index) fetches a whole batch.
 
 # What is known of an image: its path below the data folder, its grade, its patient,
 # and its subset: "train", "val", "test", "external", "left out", or "" if it has none.
@@ -183,11 +186,11 @@ class KneeFolder(torch.utils.data.Dataset):
     xrays       list of N Xray; `find_xrays` makes it
     images      float16 (N, 1, S, S), standardized
     grades      int64 (N,)
-    thumbnails  float32 (N, 1024), for `find_copies`
+    thumbnails  float32 (N, 1024): 32 x 32 pixels, to find copies
     notes       lines about odd images, to be printed
 
-    `dataset[index]` is (images, grades), for an int, a slice or a tensor of numbers: a
-    whole batch at once. Raise one KneeError that names all images that are unreadable.
+    `dataset[index]` is (images, grades), for a number, a slice or a tensor of numbers.
+    Raise one KneeError that names all images that are unreadable.
     """
 
     def __init__(self, folder, xrays, size=Config.size, device="cpu"):
@@ -197,7 +200,8 @@ class KneeFolder(torch.utils.data.Dataset):
         self.grades = torch.tensor([x.grade for x in xrays], device=device)
         self.thumbnails = torch.empty(n, 1024)
 
-        def load(i):  # and return what is odd, or an error
+        def load(i):
+            """Load image i. Return what is odd about it, or an error."""
             try:
                 grey = read_grey(Path(folder, xrays[i].path))
             except KneeError as error:
@@ -224,10 +228,9 @@ class KneeFolder(torch.utils.data.Dataset):
         return self.images[index], self.grades[index]
 
     def subset(self, name):
-        """Return a data set of the images of a subset. Nothing is copied."""
+        """Return the index of a subset: the numbers of its images, int64 (M,)."""
         numbers = [i for i, x in enumerate(self.xrays) if x.subset == name]
-        numbers = torch.tensor(numbers, device=self.images.device)
-        return torch.utils.data.Subset(self, numbers)
+        return torch.tensor(numbers, dtype=torch.int64, device=self.images.device)
 
 
 # ------------------------------------------------------------------------- splitting
@@ -243,8 +246,10 @@ def split_by_patient(xrays, seed, shares=SHARES):
     """Return the X-rays with subsets: split by patient, stratified by grade.
 
     Each patient goes to the subset that is furthest below its share of the patient's
-    grades. The same names, grades and seed give the same split on every machine.
-    Raise KneeError if a grade has fewer patients than there are subsets.
+    grades. Of 100 knees of grade 4, 70, 15 and 15 are due. With 35, 3 and 6 assigned,
+    the subsets are filled to .50, .20 and .40: the next goes to val.
+    The same names, grades and seed give the same split on every machine. Raise
+    KneeError if a grade has fewer patients than there are subsets.
     """
     patients_of = Counter(grade for grade, _ in {(x.grade, x.patient) for x in xrays})
     rarest = min(range(len(GRADES)), key=lambda grade: patients_of[grade])
@@ -264,7 +269,7 @@ def split_by_patient(xrays, seed, shares=SHARES):
     # The rarest grades first, while every subset has room. Equals stay shuffled.
     patients.sort(key=lambda patient: min(total[g] for g in grades_of[patient]))
 
-    filled = {subset: Counter() for subset in shares}
+    filled = defaultdict(Counter)  # subset -> its images of each grade
     subset_of = {}
     for patient in patients:
         fullness = Counter()
@@ -287,22 +292,19 @@ JOINT = (2 / 7, 6 / 7)  # the rows that the network sees: 64 to 192 of 224
 def crop(images, matrices):
     """Resample images (N, 1, S, S) to the rows of the joint, float32 (N, 1, 4/7 S, S).
 
-    Positions run from -1 to 1, to the right and down. The new pixel at (x, y) shows
-    what the image has at matrix @ (x, y, 1), for matrices (N, 2, 3). Outside of the
-    image, the nearest pixel of its edge is shown.
+    Positions run from -1 to 1, to the right and down, over the whole image. The new
+    pixel at (x, y) shows what the image has at matrix @ (x, y, 1), for matrices
+    (N, 2, 3). Outside of the image, the nearest pixel of its edge is shown.
 
     One pixel: with [[1.1, 0, 0], [0, 1.1, 0.2]], the new pixel at (.5, 0) shows the
     pixel at (1.1 * .5, 1.1 * 0 + .2) = (.55, .2). The knee is smaller, and moved up.
     """
-    n, _, _, size = images.shape
+    size = images.shape[2]
     top, bottom = JOINT
-    height = bottom - top
-    # affine_grid lets y run from -1 to 1 over the new rows. In the whole image, they
-    # lie at middle + height * y: from -.43 to .71. So we put that in place of y.
-    middle = top + bottom - 1
-    of_x, of_y, shift = matrices.split(1, dim=2)  # the columns, each (N, 2, 1)
-    matrices = torch.cat((of_x, height * of_y, shift + middle * of_y), 2)
-    grid = F.affine_grid(matrices, (n, 1, round(height * size), size), False)
+    # The grid tells for each new pixel where to look: (N, S, S, 2). Of it, the rows of
+    # the joint suffice.
+    grid = F.affine_grid(matrices, images.shape, align_corners=False)
+    grid = grid[:, round(top * size) : round(bottom * size)]
     return F.grid_sample(
         images.float(), grid, padding_mode="border", align_corners=False
     )
@@ -329,9 +331,9 @@ def augment(images, config):
 
 
 # Test-time augmentation (TTA): a prediction is the mean over seven views of an image.
-# Each view is (scale, shift_x, shift_y) of what is shown: 1.05 shows more, so the knee
-# is smaller. The first is 1.01: resampled between pixels, as augmented images are.
-# That blurs a little, and the network grades such images better.
+# Each view is (scale, shift_x, shift_y) of what is shown. A scale of 1.05 shows more,
+# so the knee is smaller; a shift of .05 is 2.5 % of the side. The first scale is 1.01:
+# resampling blurs a little, as it did in training, and the network is used to that.
 TTA = (
     (1.01, 0, 0),
     (1.05, 0, 0),
@@ -346,7 +348,7 @@ TTA = (
 def show(images, view):
     """Return one view of images (N, 1, S, S), cropped: float32 (N, 1, 4/7 S, S)."""
     scale, shift_x, shift_y = view
-    matrix = torch.tensor([[scale, 0, shift_x], [0, scale, shift_y]])
+    matrix = torch.tensor([[scale, 0.0, shift_x], [0.0, scale, shift_y]])
     return crop(images, matrix.expand(len(images), 2, 3).to(images.device))
 
 
@@ -364,8 +366,8 @@ def stage(inputs, outputs, kernel=3, stride=1):
     """
     return nn.Sequential(
         nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, bias=False),
-        # Usually pooling comes last. Here batch norm and ReLU then touch a quarter of
-        # the pixels.
+        # Usually pooling comes last. It comes early here, since batch norm and ReLU
+        # then touch a quarter of the pixels.
         nn.MaxPool2d(2, ceil_mode=True),
         nn.BatchNorm2d(outputs),
         nn.ReLU(),
@@ -384,7 +386,8 @@ class Residual(nn.Module):
             nn.Conv2d(channels, channels, 3, padding=1, bias=False),
             nn.BatchNorm2d(channels),
         )
-        # At first the body adds 0, so the block changes nothing (Goyal et al., 2017).
+        # At first the body adds 0 (Goyal et al., 2017), so the block changes nothing:
+        # its input comes from a ReLU, and ReLU leaves what is not below 0.
         nn.init.zeros_(self.body[-1].weight)
 
     def forward(self, x):
@@ -395,7 +398,8 @@ class KneeNet(nn.Module):
     """Grade knees: rows of the joint, float (N, 1, H, W), to logits (N, 5).
 
         (N, 1, 128, 224)     rows of the joint, from `crop`
-        (2N, 1, 128, 128)    halves: N left, then N right, mirrored; they overlap
+        (2N, 1, 128, 128)    halves: N left, then N right, mirrored; 32 columns are
+                             in both
         (2N, 32, 32, 32)     stage: convolution 5 x 5 of stride 2, pooling
         (2N, 64, 16, 16)     stage: convolution 3 x 3, pooling; residual block
         (2N, 96, 8, 8)       the same
@@ -422,13 +426,11 @@ class KneeNet(nn.Module):
         )
         self.dropout = nn.Dropout(dropout)
         self.classifier = nn.Linear(12 * width, len(GRADES))
-        self.to(memory_format=torch.channels_last)  # fastest for convolutions
+        self.to(memory_format=torch.channels_last)  # an order in memory, the fastest
 
     def halves(self, x):
-        height = x.shape[2]
         both = torch.cat((x, x.flip(3)))  # (2N, 1, H, W)
-        squares = both[..., :height]  # (2N, 1, H, H)
-        return squares.contiguous(memory_format=torch.channels_last)
+        return both[..., : x.shape[2]]  # (2N, 1, H, H)
 
     def head(self, maps):
         left, right = maps.float().mean((2, 3)).chunk(2)  # (2N, C) -> each (N, C)
@@ -451,8 +453,9 @@ def decide(probabilities):
     """Return the median grade, int64 (N,), of probabilities (N, 5).
 
     The median is the smallest grade at which the probabilities add up to a half. For
-    (.40, .30, .20, .10, 0) they add up to .40, .70, ...: grade 1. No other answer has a
-    smaller error in the mean. The most probable grade, 0, would be right more often.
+    (.40, .30, .20, .10, 0) they add up to .40, .70, ...: grade 1. No answer has a
+    smaller expected absolute error: here .40 + .20 + 2 * .10 = .80, and 1.00 for the
+    most probable grade, 0. That would be right more often, but further off.
     """
     sums = probabilities.cumsum(1)[:, :-1]  # without the last, which is 1
     return (sums < 0.5).sum(1)
@@ -552,22 +555,24 @@ def predict(model, images, views=TTA):
             rows = show(batch, view)  # (B, 1, 4/7 S, S), in float32 as in training
             with mixed_precision(batch.device):
                 logits = model(rows)  # (B, 5)
-            # softmax makes probabilities: all above 0, and their sum is 1.
+            # softmax makes probabilities of logits: above 0, with the sum 1.
             total += logits.float().softmax(1)
         probabilities.append(total / len(views))
     return torch.cat(probabilities)
 
 
-def train_epoch(model, train_set, optimizer, scheduler, config):
-    """Train for one epoch. Return the mean loss and accuracy of its steps."""
+def train_epoch(model, dataset, optimizer, scheduler, config):
+    """Train for one epoch on the subset "train". Return its mean loss and accuracy."""
     model.train()  # batch norm uses the batch; dropout is on
-    device = train_set.indices.device
-    steps = max(1, len(train_set) // config.batch)
-    order = torch.randperm(len(train_set), device=device)
+    numbers = dataset.subset("train")
+    n = len(numbers)
+    device = numbers.device
+    steps = max(1, n // config.batch)
+    order = numbers[torch.randperm(n, device=device)]
     batches = order[: steps * config.batch].split(config.batch)  # a rest is left out
     sums = torch.zeros(2, device=device)
     for index in tqdm(batches, leave=False, ncols=79):
-        images, grades = train_set[index]  # (B, 1, S, S), (B,)
+        images, grades = dataset[index]  # (B, 1, S, S), (B,)
         images = augment(images, config)  # (B, 1, 4/7 S, S)
         with mixed_precision(device):
             logits = model(images).float()  # (B, 5)
@@ -602,8 +607,8 @@ def train(dataset, config, run):
     """
     run = Path(run)
     device = dataset.images.device
-    train_set = dataset.subset("train")
-    val_images, val_grades = dataset.subset("val")[:]
+    n = len(dataset.subset("train"))
+    val_images, val_grades = dataset[dataset.subset("val")]
 
     torch.manual_seed(config.seed)  # for the initial weights
     model = KneeNet(config.width, config.dropout).to(device)
@@ -612,18 +617,20 @@ def train(dataset, config, run):
     optimizer = torch.optim.AdamW(
         model.parameters(), weight_decay=config.weight_decay, fused=True
     )
-    # The learning rate rises from a low start, while the weights are still random, and
-    # then falls as a cosine (Smith and Topin, 2018). Momentum stays as it is.
-    steps = config.epochs * max(1, len(train_set) // config.batch)
+    # The learning rate starts low, while the weights are still random, rises to its
+    # peak and falls to 0 (Smith and Topin, 2018). Momentum stays as it is.
+    steps = config.epochs * max(1, n // config.batch)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(
         optimizer,
         config.lr,
-        total_steps=max(20, steps),  # a rise of a single step would divide by 0
+        total_steps=max(20, steps),  # it would divide by 0 where it rises for one step
         pct_start=config.warmup,
         cycle_momentum=False,
     )
+    # To go on with a run, its settings and images must be the same: its origin. If
+    # there is a last.pt, `resume` loads it into the parts and returns its history.
     parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
-    origin = origin_of(dataset, config)  # what must be the same to go on
+    origin = origin_of(dataset, config)
     history = resume(run, origin, parts)
 
     for epoch in range(len(history) + 1, config.epochs + 1):
@@ -631,7 +638,7 @@ def train(dataset, config, run):
         # numbers. 100,003 keeps the seeds of two runs apart.
         torch.manual_seed(config.seed * 100_003 + epoch)
         start = time.perf_counter()
-        loss, accuracy = train_epoch(model, train_set, optimizer, scheduler, config)
+        loss, accuracy = train_epoch(model, dataset, optimizer, scheduler, config)
         seconds = time.perf_counter() - start
 
         # Validation may be better than training: its images are not augmented, and
@@ -706,7 +713,7 @@ def draw_heat(figure, model, images, grades, titles, columns):
 
 
 def draw_report(history, confusion):
-    """Return a figure: curves by epoch, confusion matrix; its lower part is empty."""
+    """Return a figure: curves by epoch and confusion matrix, above an empty part."""
     figure = Figure(figsize=(13, 6.2), layout="constrained", dpi=110)
     upper, _ = figure.subfigures(2, 1, height_ratios=(3, 1))
     *curves, matrix = upper.subplots(1, 3)
@@ -772,21 +779,21 @@ def grade_of(folder):
     return None
 
 
-def place_of(folders):
+def place_of(path):
     """Return (data set, subset, grade) as the folders above a file tell them.
 
-    ("a", "train", "3", "left") is grade 3 in train of the data set ("a",). The grade
-    is None if no folder below train, val or test names one.
+    a/train/3/left/x.png is grade 3 in train of the data set a. The grade is None if no
+    folder below train, val or test names one.
     """
     grade = None
-    data_set = folders
-    for depth in reversed(range(len(folders))):
-        subset = SUBSET_WORDS.get(folders[depth].lower())
+    data_set = path.parent
+    for folder in path.parents:  # the nearest first
+        subset = SUBSET_WORDS.get(folder.name.lower())
         if subset:
-            return folders[:depth], subset, grade
+            return folder.parent, subset, grade
         if grade is None:
-            grade = grade_of(folders[depth])
-            data_set = folders[:depth]
+            grade = grade_of(folder.name)
+            data_set = folder.parent
     return data_set, "", grade
 
 
@@ -841,7 +848,7 @@ def find_xrays(folder, patients_file=None):
     """
     files = list_files(folder)
     paths = [file.relative_to(folder) for file in files]
-    places = [place_of(path.parts[:-1]) for path in paths]
+    places = [place_of(path) for path in paths]
     has_split = any(subset for _, subset, grade in places if grade is not None)
     table = patients_file or OSAIL
     patients = read_patients(table) if patients_file or table.exists() else {}
@@ -854,7 +861,7 @@ def find_xrays(folder, patients_file=None):
         if grade is None or beside or path.suffix.lower() not in SUFFIXES:
             passed_over[f"{path.suffix} in {path.parent}"] += 1
         else:
-            data_sets.add("/".join(data_set) or ".")
+            data_sets.add(data_set.as_posix())
             patient = patients.get(path.stem) or patient_in(path)
             xrays.append(Xray(path.as_posix(), grade, patient, subset))
     if len(data_sets) != 1:
@@ -883,26 +890,20 @@ def shrink(images):
 
 
 def find_copies(thumbnails, others):
-    """Return pairs (i, j): thumbnail i of (N, 1024) is a copy of other j of (M, 1024).
+    """Tell of thumbnails (N, 1024) and others (M, 1024) who are copies: bool (N, M).
 
     The product of two thumbnails is their correlation: 1 for equal images, at most .7
     for different knees. Above .8, plain or mirrored, they are copies: resized, darkened
     or saved as JPEG. A copy that was moved by 3 pixels or rotated may be missed.
     """
     mirrored = others.view(-1, 32, 32).flip(2).flatten(1)
-    pairs = []
-    for start in range(0, len(thumbnails), 1000):  # in blocks, to save memory
-        block = thumbnails[start : start + 1000]
-        correlation = torch.maximum(block @ others.T, block @ mirrored.T)
-        for i, j in (correlation > COPY).nonzero().tolist():
-            pairs.append((start + i, j))
-    return pairs
+    return (thumbnails @ others.T > COPY) | (thumbnails @ mirrored.T > COPY)
 
 
 def copies_in(dataset):
     """Return pairs (i, j), i < j, of images of a KneeFolder that are copies."""
-    pairs = find_copies(dataset.thumbnails, dataset.thumbnails)
-    return [(i, j) for i, j in pairs if i < j]
+    copies = find_copies(dataset.thumbnails, dataset.thumbnails)  # (N, N)
+    return copies.triu(1).nonzero().tolist()
 
 
 def join_copies(xrays, copies):
@@ -912,21 +913,21 @@ def join_copies(xrays, copies):
     nothing says which: they get the subset "left out". Raise KneeError if two copies,
     or two images of a patient, are in two subsets.
     """
-    first = {}  # patient -> number of the patient's first image
-    pairs = [(first.setdefault(x.patient, i), i) for i, x in enumerate(xrays)]
     joined = list(xrays)
-    for i, j in pairs + copies:
-        one, other = xrays[i], xrays[j]
-        if one.subset != other.subset:
-            raise KneeError(
-                f"{one.path} in {one.subset} and {other.path} in {other.subset} are of "
-                f"patient {one.patient}, or copies: move one of them"
-            )
+    for i, j in copies:
         keep, drop = joined[i].patient, joined[j].patient
-        if keep != drop:
-            joined = [
-                x._replace(patient=keep) if x.patient == drop else x for x in joined
-            ]
+        for k, x in enumerate(joined):
+            if x.patient == drop:
+                joined[k] = x._replace(patient=keep)
+
+    first = {}  # patient -> the patient's first image
+    for x in joined:
+        one = first.setdefault(x.patient, x)
+        if one.subset != x.subset:
+            raise KneeError(
+                f"{one.path} in {one.subset} and {x.path} in {x.subset} are of patient "
+                f"{one.patient}, or copies: move one of them"
+            )
     for i, j in copies:
         if xrays[i].grade != xrays[j].grade:
             for k in (i, j):
@@ -998,9 +999,9 @@ def read_table(path, columns):
 
 def origin_of(dataset, config):
     """Return what a checkpoint remembers: the settings, and the images of training."""
-    used = [i for i, x in enumerate(dataset.xrays) if x.subset in ("train", "val")]
+    used = torch.cat((dataset.subset("train"), dataset.subset("val"))).tolist()
     return {
-        "config": asdict(config),
+        "config": vars(config),
         "xrays": [tuple(dataset.xrays[i]) for i in used],
         "thumbnails": dataset.thumbnails[used],
     }
@@ -1055,13 +1056,11 @@ def resume(run, origin, parts):
 
 def mixed_precision(device):
     """Return a context in which convolutions use bfloat16, where that is faster."""
-    fast = False
+    # AMX, or the AVX-512 BF16 of AMD. Intel's, which comes with FP16, is slower.
+    has = torch.cpu.get_capabilities().get
+    fast = has("amx_bf16") or (has("avx512_bf16") and not has("avx512_fp16"))
     if device.type == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    if device.type == "cpu":
-        # AMX, or the AVX-512 BF16 of AMD. Intel's, which comes with FP16, is slower.
-        has = torch.cpu.get_capabilities().get
-        fast = has("amx_bf16") or (has("avx512_bf16") and not has("avx512_fp16"))
     return torch.autocast(device.type, torch.bfloat16, enabled=bool(fast))
 
 
@@ -1101,17 +1100,19 @@ def load_folder(args, size):
         xrays = [x._replace(subset="external") for x in xrays]
     dataset = KneeFolder(folder, xrays, size, args.device)
     copies = copies_in(dataset)
-    dataset.xrays = join_copies(xrays, copies)
-    left_out = [x.path for x in dataset.xrays if x.subset == "left out"]
     notes += dataset.notes
     if copies:
-        i, j = copies[0]
-        pair = f"{xrays[i].path}, {xrays[j].path}"
+        one, other = copies[0]
+        pair = f"{xrays[one].path}, {xrays[other].path}"
         notes.append(f"{len(copies)} pairs of images are copies: {pair}")
-    if left_out:
-        notes.append(f"{len(left_out)} of several grades are left out: {left_out[0]}")
     for note in notes:
         tell(note)
+    dataset.xrays = join_copies(xrays, copies)
+    left_out = dataset.subset("left out").tolist()
+    if left_out:
+        tell(
+            f"{len(left_out)} of several grades are left out: {xrays[left_out[0]].path}"
+        )
     return dataset
 
 
@@ -1188,14 +1189,14 @@ def command_evaluate(args):
 
 def check_unknown(dataset, subset, checkpoint):
     """Raise KneeError if an image of a subset is a copy of one that was trained on."""
-    numbers = dataset.subset(subset).indices.tolist()
+    numbers = dataset.subset(subset).tolist()
     copies = find_copies(dataset.thumbnails[numbers], checkpoint["thumbnails"])
-    if copies:
-        i, j = copies[0]
+    if copies.any():
+        i, j = copies.nonzero()[0]
         one, other = dataset.xrays[numbers[i]], checkpoint["xrays"][j]
         raise KneeError(
             f"{one.path} is a copy of {other.path}, which was in training "
-            f"({len(dict(copies))} of {len(numbers)} images are such): test on others"
+            f"({copies.any(1).sum()} of {len(numbers)} images are such): test on others"
         )
 
 
@@ -1229,10 +1230,9 @@ def test(args, dataset, subset):
 
     xrays = [x for x in dataset.xrays if x.subset == subset]
     patients = [x.patient for x in xrays]
-    images, grades = dataset.subset(subset)[:]
+    images, grades = dataset[dataset.subset(subset)]
     probabilities = predict(model, images)
-    trained_on = Counter(x.grade for x in checkpoint["xrays"] if x.subset == "train")
-    majority = max(trained_on, key=trained_on.get)
+    majority = mode(x.grade for x in checkpoint["xrays"] if x.subset == "train")
     result = {
         "subset": subset,
         "data": str(folder),
@@ -1320,15 +1320,14 @@ def command_predict(args):
 
 def command_tune(args):
     """Train with all combinations of settings, best first by validation: tune.csv."""
-    names = [field.name for field in fields(Config)]
-    grid = [getattr(args, name) for name in names]
+    grid = [getattr(args, name) for name in vars(Config())]
     rows = []
     for values in itertools.product(*grid):
-        config = config_of(dict(zip(names, values, strict=True)))
+        config = config_of(dict(zip(vars(Config()), values, strict=True)))
         print(config)
         folder = args.run / "tune" / "_".join(map(str, values))
         history = train(open_split(args, config), config, folder)
-        rows.append({**best_epoch(history), **asdict(config)})
+        rows.append({**best_epoch(history), **vars(config)})
         rows.sort(key=lambda row: -row["val_kappa"])
         save_table(args.run / "tune.csv", rows)
     print(f"best first: {args.run / 'tune.csv'}")
@@ -1359,7 +1358,7 @@ def config_of(values):
     for name, (low, high) in RANGES.items():
         if not low <= values[name] <= high:  # NaN fails, too
             raise KneeError(f"--{name} {values[name]}: must be from {low} to {high}")
-    return Config(**{field.name: values[field.name] for field in fields(Config)})
+    return Config(**{name: values[name] for name in vars(Config())})
 
 
 class Parser(argparse.ArgumentParser):
@@ -1367,18 +1366,6 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         raise KneeError(f"{message}; see --help")
-
-
-def add_settings(command, several):
-    """Add an option for each field of Config; `several` values of each for tune."""
-    command.epilog = inspect.getsource(Config)  # its comments explain the settings
-    for field in fields(Config):
-        command.add_argument(
-            "--" + field.name.replace("_", "-"),
-            type=field.type,
-            default=[field.default] if several else field.default,
-            nargs="+" if several else None,
-        )
 
 
 def parse(argv):
@@ -1404,7 +1391,12 @@ def parse(argv):
             add("--csv", type=Path, help="a file to write the table into")
             add("--heatmap", type=Path, help="a PNG file to draw heat maps into")
         if name in ("split", "train", "tune"):
-            add_settings(command, several=name == "tune")
+            command.epilog = inspect.getsource(Config)  # its comments explain them
+            for setting, default in vars(Config()).items():
+                words = {"type": type(default), "default": default}
+                if name == "tune":  # several values of each
+                    words.update(nargs="+", default=[default])
+                add("--" + setting.replace("_", "-"), **words)
     args = parser.parse_args(argv)
     args.data = args.data or Path("data" if Path("data").is_dir() else "phantoms")
     args.run = args.run or Path("runs", args.data.resolve().name)

@@ -258,7 +258,7 @@ def test_a_given_split_with_a_copy_on_both_sides_is_refused(phantoms, tmp_path, 
         target = shutil.copy(copy, tmp_path / "data" / "train" / "3")
         words = ("split", "--data", tmp_path / "data", "--run", tmp_path / "run")
         line = error_of(capsys, *words)
-        assert f"train/3/{copy.name}" in line and f"test/3/{file.name}" in line
+        assert f"train/3/{copy.name}" in line and file.stem[:-1] in line
         os.remove(target)
 
 
@@ -290,7 +290,7 @@ def test_copies_of_several_grades_are_left_out(phantoms, tmp_path, capsys):
 )
 def test_the_nearest_folder_that_names_a_grade_tells_it(names, grade, subset):
     for name in names.split(", "):
-        _, told_subset, told_grade = kneeoa.place_of(tuple(name.split("/")))
+        _, told_subset, told_grade = kneeoa.place_of(Path(name, "knee.png"))
         assert (told_grade, told_subset) == (grade, subset), name
 
 
@@ -526,7 +526,7 @@ def test_a_tiny_set_is_overfit(phantoms, tmp_path):
     config = Config(size=64, width=16, epochs=60, batch=10, **still)
     kneeoa.train(dataset, config, tmp_path)
     model = kneeoa.load_checkpoint(tmp_path / "best.pt")[1]
-    images, grades = dataset.subset("val")[:]
+    images, grades = dataset[dataset.subset("val")]
     probabilities = kneeoa.predict(model, images, [(1, 0, 0)])  # as they were shown
     assert kneeoa.decide(probabilities).tolist() == grades.tolist()
 
@@ -560,7 +560,7 @@ def test_the_best_epoch_is_the_one_of_highest_validation_kappa(phantoms, tmp_pat
     kappas = [row["val_kappa"] for row in history]
     checkpoint, model = kneeoa.load_checkpoint(tmp_path / "best.pt")
     assert kappas[len(checkpoint["history"]) - 1] == max(kappas) > min(kappas)
-    images, grades = dataset.subset("val")[:]
+    images, grades = dataset[dataset.subset("val")]
     again = kneeoa.evaluate(kneeoa.predict(model, images, kneeoa.TTA[:1]), grades)
     assert again["kappa"] == pytest.approx(max(kappas))  # the weights are of that epoch
 
