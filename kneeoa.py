@@ -173,7 +173,7 @@ def standardize(images):
 # ------------------------------------------------------------------------- data set
 # Each image is decoded and standardized once, and stays in memory, so that no epoch
 # waits for files: 5,778 images take 580 MB as float16. There is no DataLoader: a tensor
-# of numbers (an index) fetches a whole batch.
+# of indices fetches a whole batch.
 
 # What is known of an image: its path below the data folder, its grade, its patient,
 # and its subset: "train", "val", "test", "external", "left out", or "" if it has none.
@@ -183,13 +183,12 @@ Xray = namedtuple("Xray", "path grade patient subset", defaults=("", ""))
 class KneeFolder(torch.utils.data.Dataset):
     """Hold the X-rays of a folder in memory.
 
-    xrays       list of N Xray; `find_xrays` makes it
-    images      float16 (N, 1, S, S), standardized
-    grades      int64 (N,)
-    thumbnails  float32 (N, 1024): 32 x 32 pixels, to find copies
-    notes       lines about odd images, to be printed
+    xrays   list of N Xray; `find_xrays` makes it
+    images  float16 (N, 1, S, S), standardized
+    grades  int64 (N,)
+    notes   lines about odd images, to be printed
 
-    `dataset[index]` is (images, grades), for a number, a slice or a tensor of numbers.
+    `dataset[index]` is (images, grades), for a number, a slice or a tensor of indices.
     Raise one KneeError that names all images that are unreadable.
     """
 
@@ -198,7 +197,6 @@ class KneeFolder(torch.utils.data.Dataset):
         self.xrays = xrays
         self.images = torch.empty(n, 1, size, size, dtype=torch.float16, device=device)
         self.grades = torch.tensor([x.grade for x in xrays], device=device)
-        self.thumbnails = torch.empty(n, 1024)
 
         def load(i):
             """Load image i. Return what is odd about it, or an error."""
@@ -207,9 +205,7 @@ class KneeFolder(torch.utils.data.Dataset):
             except KneeError as error:
                 return error
             square = torch.from_numpy(to_square(grey, size))  # (S, S)
-            image = standardize(square[None, None])  # (1, 1, S, S)
-            self.images[i] = image[0]
-            self.thumbnails[i] = shrink(image)[0]
+            self.images[i] = standardize(square[None, None])[0]  # (1, S, S)
             return what_is_odd(grey)
 
         workers = torch.get_num_threads()
@@ -228,9 +224,9 @@ class KneeFolder(torch.utils.data.Dataset):
         return self.images[index], self.grades[index]
 
     def subset(self, name):
-        """Return the index of a subset: the numbers of its images, int64 (M,)."""
-        numbers = [i for i, x in enumerate(self.xrays) if x.subset == name]
-        return torch.tensor(numbers, dtype=torch.int64, device=self.images.device)
+        """Return the indices of the images of a subset, int64 (M,)."""
+        indices = [i for i, x in enumerate(self.xrays) if x.subset == name]
+        return torch.tensor(indices, dtype=torch.int64, device=self.images.device)
 
 
 # ------------------------------------------------------------------------- splitting
@@ -251,14 +247,13 @@ def split_by_patient(xrays, seed, shares=SHARES):
     The same names, grades and seed give the same split on every machine. Raise
     KneeError if a grade has fewer patients than there are subsets.
     """
-    patients_of = Counter(grade for grade, _ in {(x.grade, x.patient) for x in xrays})
-    rarest = min(range(len(GRADES)), key=lambda grade: patients_of[grade])
-    if patients_of[rarest] < len(shares):
-        raise KneeError(
-            f"grade {rarest} has too few patients: {patients_of[rarest]} "
-            f"({xrays[0].path} was read as of patient {xrays[0].patient}); add images, "
-            "or name the patients: --patients"
-        )
+    for grade in range(len(GRADES)):
+        n = len({x.patient for x in xrays if x.grade == grade})
+        if n < len(shares):
+            raise KneeError(
+                f"grade {grade} has too few patients to split: {n}; add images, or, if "
+                "the names of files were read wrongly, a table: --patients"
+            )
 
     total = Counter(x.grade for x in xrays)
     grades_of = defaultdict(list)  # patient -> grades of the patient's images
@@ -552,9 +547,9 @@ def predict(model, images, views=TTA):
     for batch in images.split(64):
         total = 0
         for view in views:
-            rows = show(batch, view)  # (B, 1, 4/7 S, S), in float32 as in training
+            joint = show(batch, view)  # (B, 1, 4/7 S, S)
             with mixed_precision(batch.device):
-                logits = model(rows)  # (B, 5)
+                logits = model(joint)  # (B, 5)
             # softmax makes probabilities of logits: above 0, with the sum 1.
             total += logits.float().softmax(1)
         probabilities.append(total / len(views))
@@ -564,15 +559,15 @@ def predict(model, images, views=TTA):
 def train_epoch(model, dataset, optimizer, scheduler, config):
     """Train for one epoch on the subset "train". Return its mean loss and accuracy."""
     model.train()  # batch norm uses the batch; dropout is on
-    numbers = dataset.subset("train")
-    n = len(numbers)
-    device = numbers.device
+    indices = dataset.subset("train")
+    n = len(indices)
+    device = indices.device
     steps = max(1, n // config.batch)
-    order = numbers[torch.randperm(n, device=device)]
+    order = indices[torch.randperm(n, device=device)]
     batches = order[: steps * config.batch].split(config.batch)  # a rest is left out
     sums = torch.zeros(2, device=device)
-    for index in tqdm(batches, leave=False, ncols=79):
-        images, grades = dataset[index]  # (B, 1, S, S), (B,)
+    for batch in tqdm(batches, leave=False, ncols=79):
+        images, grades = dataset[batch]  # (B, 1, S, S), (B,)
         images = augment(images, config)  # (B, 1, 4/7 S, S)
         with mixed_precision(device):
             logits = model(images).float()  # (B, 5)
@@ -611,9 +606,10 @@ def train(dataset, config, run):
     val_images, val_grades = dataset[dataset.subset("val")]
 
     torch.manual_seed(config.seed)  # for the initial weights
-    model = KneeNet(config.width, config.dropout).to(device)
+    model = KneeNet(config.width, config.dropout)
     if config.weights:
         load_checkpoint(config.weights, model=model)
+    model.to(device)
     optimizer = torch.optim.AdamW(
         model.parameters(), weight_decay=config.weight_decay, fused=True
     )
@@ -680,8 +676,8 @@ def grad_cam(model, images, grades):
     the logit of the grade rises with it, add them up, and keep what is above 0.
     """
     model.eval()
-    rows = show(images, (1, 0, 0))  # (N, 1, H, W)
-    halves = model.halves(rows)  # (2N, 1, H, H)
+    joint = show(images, (1, 0, 0))  # (N, 1, H, W): as it is
+    halves = model.halves(joint)  # (2N, 1, H, H)
     maps = model.features(halves)  # (2N, C, h, h)
     logits = model.head(maps).gather(1, grades[:, None])  # (N, 1)
     slopes = torch.autograd.grad(logits.sum(), maps)[0]
@@ -690,16 +686,16 @@ def grad_cam(model, images, grades):
 
     # Put the halves back to their sides. Where they overlap, the greater heat counts.
     heat = F.interpolate(heat, halves.shape[2:], mode="bilinear")
-    heat = F.pad(heat, (0, rows.shape[3] - halves.shape[3]))  # (2N, 1, H, W)
+    heat = F.pad(heat, (0, joint.shape[3] - halves.shape[3]))  # (2N, 1, H, W)
     left, right = heat[:, 0].chunk(2)
     heat = torch.maximum(left, right.flip(2))
     heat = heat / heat.amax((1, 2), keepdim=True).clamp(min=1e-9)
-    return rows[:, 0].cpu().numpy(), heat.cpu().numpy()
+    return joint[:, 0].cpu().numpy(), heat.cpu().numpy()
 
 
 def draw_heat(figure, model, images, grades, titles, columns):
     """Draw images (N, 1, S, S), each beside the heat that speaks for its grade."""
-    rows, heat = grad_cam(model, images, grades)
+    joints, heat = grad_cam(model, images, grades)
     lines = math.ceil(len(titles) / columns)
     axes = figure.subplots(lines, 2 * columns, squeeze=False).ravel()
     for ax in axes:
@@ -707,8 +703,8 @@ def draw_heat(figure, model, images, grades, titles, columns):
     for i, title in enumerate(titles):
         plain, heated = axes[2 * i : 2 * i + 2]
         plain.set_title(title, fontsize=9, loc="left", parse_math=False)
-        plain.imshow(rows[i], cmap="gray")
-        heated.imshow(rows[i], cmap="gray")
+        plain.imshow(joints[i], cmap="gray")
+        heated.imshow(joints[i], cmap="gray")
         heated.imshow(heat[i], cmap="inferno", alpha=0.6 * heat[i])
 
 
@@ -865,7 +861,7 @@ def find_xrays(folder, patients_file=None):
             patient = patients.get(path.stem) or patient_in(path)
             xrays.append(Xray(path.as_posix(), grade, patient, subset))
     if len(data_sets) != 1:
-        names = ", ".join([*sorted(data_sets), *passed_over])
+        names = ", ".join(sorted(data_sets) or passed_over)
         raise KneeError(f"{folder}: has {len(data_sets)} data sets, name one ({names})")
 
     n = len(xrays)
@@ -885,7 +881,7 @@ def find_xrays(folder, patients_file=None):
 
 def shrink(images):
     """Return thumbnails (N, 1024), of mean 0 and length 1, of images (N, 1, S, S)."""
-    small = F.adaptive_avg_pool2d(images, 32).flatten(1)
+    small = F.adaptive_avg_pool2d(images, 32).flatten(1).float().cpu()  # 32 x 32 pixels
     return F.normalize(small - small.mean(1, keepdim=True))
 
 
@@ -902,7 +898,8 @@ def find_copies(thumbnails, others):
 
 def copies_in(dataset):
     """Return pairs (i, j), i < j, of images of a KneeFolder that are copies."""
-    copies = find_copies(dataset.thumbnails, dataset.thumbnails)  # (N, N)
+    thumbnails = shrink(dataset.images)
+    copies = find_copies(thumbnails, thumbnails)  # (N, N)
     return copies.triu(1).nonzero().tolist()
 
 
@@ -965,7 +962,8 @@ def save(path, content):
             "or close it in other programs"
         ) from error
     finally:
-        part.unlink(missing_ok=True)
+        if part.exists():
+            part.unlink()
 
 
 def save_table(path, rows):
@@ -991,7 +989,7 @@ def read_table(path, columns):
         delimiter = ";" if ";" in text.partition("\n")[0] else ","
         table = csv.DictReader(text.splitlines(), delimiter=delimiter)
         rows = [{name: row[name].strip() for name in columns} for row in table]
-        rows[0]  # at least one
+        rows[0]  # fails where there is none
     except Exception as error:  # no file, no such column, no row, no text
         raise KneeError(f"{path}: no table of {','.join(columns)} ({error})") from error
     return rows
@@ -1003,7 +1001,7 @@ def origin_of(dataset, config):
     return {
         "config": vars(config),
         "xrays": [tuple(dataset.xrays[i]) for i in used],
-        "thumbnails": dataset.thumbnails[used],
+        "thumbnails": shrink(dataset.images)[used],
     }
 
 
@@ -1043,11 +1041,13 @@ def resume(run, origin, parts):
     if not (run / "last.pt").exists():
         return []
     last, _ = load_checkpoint(run / "last.pt")
-    begun = dict(last["config"].items() - origin["config"].items())
-    if begun:
-        raise KneeError(f"{run}: was begun with {begun}, name another --run")
-    same_split = last["xrays"] == origin["xrays"]
-    if not (same_split and torch.equal(last["thumbnails"], origin["thumbnails"])):
+    changed = dict(last["config"].items() - origin["config"].items())
+    if changed:
+        raise KneeError(f"{run}: was begun with {changed}, name another --run")
+    images = last["thumbnails"]  # not equal to the last bit on another machine
+    if last["xrays"] != origin["xrays"] or not images.allclose(
+        origin["thumbnails"], atol=0.01
+    ):
         raise KneeError(f"{run}: was begun with other images, name another --run")
     for name, part in parts.items():
         part.load_state_dict(last[name])
@@ -1092,6 +1092,19 @@ def pick_device(name):
     return torch.device(wanted)
 
 
+def unite_copies(dataset):
+    """Give the copies of an image in a KneeFolder one patient. Tell what was found."""
+    copies = copies_in(dataset)
+    if copies:
+        i, j = copies[0]
+        pair = f"{dataset.xrays[i].path}, {dataset.xrays[j].path}"
+        tell(f"{len(copies)} pairs of images are copies: {pair}")
+    dataset.xrays = join_copies(dataset.xrays, copies)
+    left_out = [x.path for x in dataset.xrays if x.subset == "left out"]
+    if left_out:
+        tell(f"{len(left_out)} of several grades are left out: {left_out[0]}")
+
+
 def load_folder(args, size):
     """Return the KneeFolder of --external, or of --data. Tell what is odd in it."""
     folder = args.external or args.data
@@ -1099,20 +1112,9 @@ def load_folder(args, size):
     if args.external:
         xrays = [x._replace(subset="external") for x in xrays]
     dataset = KneeFolder(folder, xrays, size, args.device)
-    copies = copies_in(dataset)
-    notes += dataset.notes
-    if copies:
-        one, other = copies[0]
-        pair = f"{xrays[one].path}, {xrays[other].path}"
-        notes.append(f"{len(copies)} pairs of images are copies: {pair}")
-    for note in notes:
+    for note in notes + dataset.notes:
         tell(note)
-    dataset.xrays = join_copies(xrays, copies)
-    left_out = dataset.subset("left out").tolist()
-    if left_out:
-        tell(
-            f"{len(left_out)} of several grades are left out: {xrays[left_out[0]].path}"
-        )
+    unite_copies(dataset)
     return dataset
 
 
@@ -1139,25 +1141,26 @@ def open_split(args, config):
         save_table(path, [x._asdict() for x in dataset.xrays if x.subset in SHARES])
         return dataset
 
-    dataset = KneeFolder(args.data, read_split(path), config.size, args.device)
-    join_copies(dataset.xrays, copies_in(dataset))  # raises KneeError at a leak
-    unlisted = len(list_images(args.data)) - len(dataset)
+    xrays = read_split(path)
+    unlisted = len(list_images(args.data)) - len(xrays)
     if unlisted > 0:
         tell(f"{unlisted} images are not in {path}")
     if args.patients:
         tell(f"{path} tells the patients already; remove it to split anew")
+    dataset = KneeFolder(args.data, xrays, config.size, args.device)
+    unite_copies(dataset)
     return dataset
 
 
 def command_split(args):
     """Split the patients into train, val and test: RUN/split.csv."""
     xrays = open_split(args, config_of(vars(args))).xrays
-    images = Counter((x.subset, x.grade) for x in xrays)
-    patients = Counter(subset for subset, _ in {(x.subset, x.patient) for x in xrays})
-    print("grade     0     1     2     3     4  patients")
+    print("grade", *[f"{grade:5}" for grade in range(len(GRADES))], " patients")
     for subset in SHARES:
-        columns = [f"{images[subset, grade]:5}" for grade in range(len(GRADES))]
-        print(f"{subset:5}", *columns, f"{patients[subset]:9}")
+        counts = Counter(x.grade for x in xrays if x.subset == subset)
+        patients = {x.patient for x in xrays if x.subset == subset}
+        columns = [f"{counts[grade]:5}" for grade in range(len(GRADES))]
+        print(f"{subset:5}", *columns, f"{len(patients):9}")
 
 
 def command_train(args):
@@ -1172,42 +1175,45 @@ def command_train(args):
     if n < 1000:
         print("so few images may do better with --epochs 60 --batch 16")
     train(dataset, config, args.run)
-    test(args, dataset, "test")
+    evaluate_best(args, dataset, "test")
     print(f'\nnext: python kneeoa.py plot --data "{args.data}" --run "{args.run}"')
 
 
 def command_evaluate(args):
     """Test the best epoch: metrics.json, predictions.csv; or on --external."""
-    last, _ = load_checkpoint(args.run / "last.pt")
-    config = Config(**last["config"])
+    checkpoint, _ = load_checkpoint(args.run / "best.pt")
+    config = Config(**checkpoint["config"])
     if args.external:
-        test(args, load_folder(args, config.size), "external")
-    else:
-        finished = len(last["history"]) == config.epochs
-        test(args, open_split(args, config), "test" if finished else "val")
+        evaluate_best(args, load_folder(args, config.size), "external")
+        return
+    last, _ = load_checkpoint(args.run / "last.pt")
+    finished = len(last["history"]) == config.epochs
+    evaluate_best(args, open_split(args, config), "test" if finished else "val")
 
 
 def check_unknown(dataset, subset, checkpoint):
     """Raise KneeError if an image of a subset is a copy of one that was trained on."""
-    numbers = dataset.subset(subset).tolist()
-    copies = find_copies(dataset.thumbnails[numbers], checkpoint["thumbnails"])
+    indices = dataset.subset(subset).tolist()
+    thumbnails = shrink(dataset.images)[indices]
+    copies = find_copies(thumbnails, checkpoint["thumbnails"])
     if copies.any():
         i, j = copies.nonzero()[0]
-        one, other = dataset.xrays[numbers[i]], checkpoint["xrays"][j]
+        one = dataset.xrays[indices[i]]
+        other = checkpoint["xrays"][j]
         raise KneeError(
             f"{one.path} is a copy of {other.path}, which was in training "
-            f"({copies.any(1).sum()} of {len(numbers)} images are such): test on others"
+            f"({copies.any(1).sum()} of {len(indices)} images are such): test on others"
         )
 
 
 REMARKS = {
     "test": "validation chose the epoch",
     "val": "they chose the epoch, so the result looks too good",
-    "external": "none of them was trained on",
+    "external": "none of them was in training",
 }
 
 
-def test(args, dataset, subset):
+def evaluate_best(args, dataset, subset):
     """Test best.pt on a subset of a KneeFolder, on val if there is no test.
 
     Print the result, and write it into metrics.json and predictions.csv, or into
@@ -1220,9 +1226,9 @@ def test(args, dataset, subset):
     if subset == "external":
         result_file = args.run / f"external_{folder.name}.json"
         table_file = result_file.with_suffix(".csv")
-        taken = result_file.exists() and json.loads(result_file.read_text())["data"]
-        if taken and taken != str(folder):
-            raise KneeError(f"{result_file}: is of {taken}, rename it")
+        known = result_file.exists() and json.loads(result_file.read_text())["data"]
+        if known and known != str(folder):
+            raise KneeError(f"{result_file}: is of {known}, rename it")
     if not len(dataset.subset(subset)):
         subset = "val"
     if subset != "val":
@@ -1244,12 +1250,13 @@ def test(args, dataset, subset):
     }
     print("\n{n} images ({subset}), epoch {epoch}:".format(**result), REMARKS[subset])
     for name, (low, high) in result["intervals"].items():
-        print(f"{name:18}{result[name]:6.3f}   95 %: {low:.3f} to {high:.3f}")
+        value = result[name]
+        print(f"{name:18}{value:6.3f}   95 %: {low:.3f} to {high:.3f}")
     print(f"always grade {majority}: accuracy {result['majority_accuracy']:.3f}")
-    print("recall of each grade:", *[f"{recall:.3f}" for recall in result["recall"]])
-    numbers = {x.patient for x in checkpoint["xrays"] if x.patient != x.path}
-    shared = numbers & set(patients)
-    if shared:  # no proof: another hospital counts from 1, too
+    print("recall of each grade:", *np.round(result["recall"], 3))
+    trained_on = {x.patient for x in checkpoint["xrays"] if x.patient != x.path}
+    shared = trained_on & set(patients)
+    if shared and subset == "external":  # no proof: others count from 1, too
         print(f"{len(shared)} patients' numbers occur in training, too: the same?")
 
     save_table(table_file, prediction_rows(xrays, probabilities))
@@ -1298,17 +1305,20 @@ def command_predict(args):
     files = []
     for path in args.images:
         files += list_images(path) if path.is_dir() else [path]
+    if not files:
+        raise KneeError(f"{args.images[0]}: has no images in it, name another folder")
     xrays = [Xray(str(file), grade=0) for file in files]
     dataset = KneeFolder("", xrays, checkpoint["config"]["size"], args.device)
     for note in dataset.notes:
         tell(note)
     probabilities = predict(model, dataset.images)
     rows = prediction_rows(xrays, probabilities)
-    print("file  grade  name  p0  p1  p2  p3  p4")
     for row in rows:
-        del row["grade"]
-        path, grade, *numbers = row.values()
-        print(path, grade, GRADES[grade], *numbers, sep="  ")
+        del row["grade"]  # unknown
+    _, _, *columns = rows[0]
+    print("file", "grade", "name", *columns, sep="  ")
+    for path, grade, *shares in map(dict.values, rows):
+        print(path, grade, GRADES[grade], *shares, sep="  ")
     if args.csv:
         save_table(args.csv, rows)
     if args.heatmap:
@@ -1321,12 +1331,14 @@ def command_predict(args):
 def command_tune(args):
     """Train with all combinations of settings, best first by validation: tune.csv."""
     grid = [getattr(args, name) for name in vars(Config())]
-    rows = []
+    configs = []
     for values in itertools.product(*grid):
-        config = config_of(dict(zip(vars(Config()), values, strict=True)))
+        configs.append(config_of(dict(zip(vars(Config()), values, strict=True))))
+    rows = []
+    for config in configs:
         print(config)
-        folder = args.run / "tune" / "_".join(map(str, values))
-        history = train(open_split(args, config), config, folder)
+        name = "_".join(map(str, vars(config).values()))
+        history = train(open_split(args, config), config, args.run / "tune" / name)
         rows.append({**best_epoch(history), **vars(config)})
         rows.sort(key=lambda row: -row["val_kappa"])
         save_table(args.run / "tune.csv", rows)
@@ -1357,7 +1369,8 @@ def config_of(values):
     """Return the Config of values by name. Raise KneeError if one is out of range."""
     for name, (low, high) in RANGES.items():
         if not low <= values[name] <= high:  # NaN fails, too
-            raise KneeError(f"--{name} {values[name]}: must be from {low} to {high}")
+            option = name.replace("_", "-")
+            raise KneeError(f"--{option} {values[name]}: must be from {low} to {high}")
     return Config(**{name: values[name] for name in vars(Config())})
 
 

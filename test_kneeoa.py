@@ -76,7 +76,6 @@ def all_as_both(dataset):
     double = KneeFolder.__new__(KneeFolder)
     double.images = dataset.images.repeat(2, 1, 1, 1)
     double.grades = dataset.grades.repeat(2)
-    double.thumbnails = dataset.thumbnails.repeat(2, 1)
     double.xrays = [x._replace(subset="train") for x in dataset.xrays]
     double.xrays += [x._replace(subset="val") for x in dataset.xrays]
     return double
@@ -155,12 +154,11 @@ TENT = np.tile(np.uint8(TENT), (50, 1))
 def save_metadata(image, path):
     text = PngImagePlugin.PngInfo()
     text.add_text("comment", "x" * 3_000_000, zip=True)
-    broken = b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12broken"
+    broken = b"Exif\0\0M?\0*\0\0\0\x08\0\x01\x01\x12broken"
     image.save(path, pnginfo=text, exif=broken, icc_profile=b"broken" * 300_000)
 
 
 @pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "P", "CMYK", "F"])
-@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
 def test_every_kind_of_file_reads_as_the_same_greys(mode, tmp_path):
     image = Image.fromarray(TENT).convert(mode)
     suffixes = {"F": ("tif",), "CMYK": ("jpg", "tif")}
@@ -699,7 +697,7 @@ def test_evaluate_external_writes_the_same_form_and_refuses_what_training_has_se
     known = next(r for r in rows(folder / "split.csv") if r["subset"] == "train")
     data = put(tmp_path / "knees", [*knees(2)[:16], "0/1000001L.png"])
     assert run("evaluate", "--external", data, "--run", folder) == 0
-    assert "none of them was trained on" in capsys.readouterr().out
+    assert "none of them was in training" in capsys.readouterr().out
     own = json.loads((folder / "metrics.json").read_text())
     result = json.loads((folder / "external_knees.json").read_text())
     assert result.keys() == own.keys() and result["n"] == 17
@@ -790,9 +788,9 @@ def test_the_readme_example_runs(phantoms, tmp_path, monkeypatch):
         ("plot --run nothing", "nothing"),
         ("split --data empty", "0 data sets"),
         ("split --data two", "has 2 data sets, name one (left, right)"),
-        ("split --data three", "grade 3 has too few patients: 0"),
+        ("split --data three", "grade 3 has too few patients to split: 0"),
         ("split --data few", "grade 4 has too few patients"),
-        ("split --data dates", "0/0_left_0.png was read as of patient 0"),
+        ("split --data dates", "names of files were read wrongly"),
         ("split --data leak", "of patient 1000"),
         ("split --data broken", "cut.png"),
         ("split --data broken", "text.jpg"),
@@ -810,7 +808,7 @@ def test_a_mistake_ends_in_one_line_and_leaves_nothing_behind(
     folder = words.split()[2]
     names = {
         "two": ["left/0/x.png", "right/0/x.png"],
-        "three": ["0/x.png", "1/x.png", "2/x.png"],
+        "three": [name for name in knees(3) if name < "3"],
         "few": [name for name in knees(4) if name < "4/5002"],
         "dates": [f"{g}/{g}_left_{i}.png" for g in range(5) for i in range(4)],
         "leak": knees(3, "train/") + knees(1, "val/"),
