@@ -1248,12 +1248,7 @@ def evaluate_best(args, dataset, subset):
         "intervals": bootstrap(probabilities, grades, patients),
         **evaluate(probabilities, grades),
     }
-    print("\n{n} images ({subset}), epoch {epoch}:".format(**result), REMARKS[subset])
-    for name, (low, high) in result["intervals"].items():
-        value = result[name]
-        print(f"{name:18}{value:6.3f}   95 %: {low:.3f} to {high:.3f}")
-    print(f"always grade {majority}: accuracy {result['majority_accuracy']:.3f}")
-    print("recall of each grade:", *np.round(result["recall"], 3))
+    print_result(result)
     trained_on = {x.patient for x in checkpoint["xrays"] if x.patient != x.path}
     shared = trained_on & set(patients)
     if shared and subset == "external":  # no proof: others count from 1, too
@@ -1263,6 +1258,17 @@ def evaluate_best(args, dataset, subset):
     # JSON has no NaN: null stands in for it.
     result = json.loads(json.dumps(result), parse_constant=lambda nan: None)
     save(result_file, json.dumps(result, indent=1).encode())
+
+
+def print_result(result):
+    """Print what a test has shown."""
+    head = "\n{n} images ({subset}), epoch {epoch}:".format(**result)
+    print(head, REMARKS[result["subset"]])
+    for name, (low, high) in result["intervals"].items():
+        value = result[name]
+        print(f"{name:18}{value:6.3f}   95 %: {low:.3f} to {high:.3f}")
+    print(f"always the commonest grade: accuracy {result['majority_accuracy']:.3f}")
+    print("recall of each grade:", *np.round(result["recall"], 3))
 
 
 def prediction_rows(xrays, probabilities):
