@@ -693,15 +693,17 @@ def grad_cam(model, images, grades):
     return joint[:, 0].cpu().numpy(), heat.cpu().numpy()
 
 
-def draw_heat(figure, model, images, grades, titles, columns):
-    """Draw images (N, 1, S, S), each beside the heat that speaks for its grade."""
+def draw_heat(figure, model, images, grades, titles):
+    """Draw images (N, 1, S, S), five a line, above the heat that speaks for a grade."""
     joints, heat = grad_cam(model, images, grades)
-    lines = math.ceil(len(titles) / columns)
-    axes = figure.subplots(lines, 2 * columns, squeeze=False).ravel()
-    for ax in axes:
+    lines = math.ceil(len(titles) / 5)
+    axes = figure.subplots(2 * lines, 5, squeeze=False)
+    for ax in axes.ravel():
         ax.axis("off")
     for i, title in enumerate(titles):
-        plain, heated = axes[2 * i : 2 * i + 2]
+        line, column = divmod(i, 5)
+        plain = axes[2 * line, column]
+        heated = axes[2 * line + 1, column]
         plain.set_title(title, fontsize=9, loc="left", parse_math=False)
         plain.imshow(joints[i], cmap="gray")
         heated.imshow(joints[i], cmap="gray")
@@ -710,8 +712,8 @@ def draw_heat(figure, model, images, grades, titles, columns):
 
 def draw_report(history, confusion):
     """Return a figure: curves by epoch and confusion matrix, above an empty part."""
-    figure = Figure(figsize=(13, 6.2), layout="constrained", dpi=110)
-    upper, _ = figure.subfigures(2, 1, height_ratios=(3, 1))
+    figure = Figure(figsize=(13, 8), layout="constrained", dpi=110)
+    upper, _ = figure.subfigures(2, 1, height_ratios=(5, 4))
     *curves, matrix = upper.subplots(1, 3)
     epochs = [row["epoch"] for row in history]
     for name, ax in zip(("loss", "accuracy"), curves, strict=True):
@@ -719,7 +721,7 @@ def draw_report(history, confusion):
             values = [row[f"{subset}_{name}"] for row in history]
             ax.plot(epochs, values, style, markersize=3, label=subset)
         ax.axvline(best_epoch(history)["epoch"], color="0.5", label="best epoch")
-        ax.xaxis.get_major_locator().set_params(integer=True)
+        ax.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
         ax.set(xlabel="epoch", title=name)
         ax.legend()
 
@@ -1300,7 +1302,7 @@ def command_plot(args):
         titles.append(f"true grade {grade}, predicted {row['predicted']}")
         xrays.append(Xray(row["path"], int(row["predicted"])))
     dataset = KneeFolder(args.data, xrays, last["config"]["size"], args.device)
-    draw_heat(figure.subfigs[1], model, *dataset[:], titles, len(titles))
+    draw_heat(figure.subfigs[1], model, *dataset[:], titles)
     save_figure(args.run / "report.png", figure)
     print(f"drawn: {args.run / 'report.png'}")
 
@@ -1329,8 +1331,8 @@ def command_predict(args):
         save_table(args.csv, rows)
     if args.heatmap:
         titles = ["{path}: {predicted}".format(**row)[-40:] for row in rows]
-        figure = Figure((13, 2 * math.ceil(len(rows) / 3)), layout="constrained")
-        draw_heat(figure, model, dataset.images, decide(probabilities), titles, 3)
+        figure = Figure((13, 3.4 * math.ceil(len(rows) / 5)), layout="constrained")
+        draw_heat(figure, model, dataset.images, decide(probabilities), titles)
         save_figure(args.heatmap, figure)
 
 
