@@ -13,6 +13,7 @@ $(if $(VENV),$(shell .venv/bin/python -c "" 2> /dev/null || rm -rf .venv))
 
 help: ## print these targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
+	@echo 'with DATA=folder RUN=folder PYTHON=python3 ARGS="--epochs 5", where wanted'
 
 split: $(VENV) $(filter phantoms,$(DATA)) ## split the patients: train, val, test (split.csv)
 	$(KNEEOA)

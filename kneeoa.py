@@ -212,7 +212,7 @@ class KneeFolder(torch.utils.data.Dataset):
         odd = thread_map(load, range(n), max_workers=workers, desc="read", leave=False)
         errors = [str(error) for error in odd if isinstance(error, KneeError)]
         if errors:
-            errors.append("remove them, or save them as PNG (also HEIC, of iPhones)")
+            errors.append("remove them, or save them as PNG (HEIC, of iPhones, too)")
             raise KneeError("; ".join(errors))
         counts = Counter(what for what in odd if what)
         self.notes = [f"{count} images are {what}" for what, count in counts.items()]
@@ -704,7 +704,7 @@ def draw_heat(figure, model, images, grades, titles):
         line, column = divmod(i, 5)
         plain = axes[2 * line, column]
         heated = axes[2 * line + 1, column]
-        plain.set_title(title, fontsize=9, loc="left", parse_math=False)
+        plain.set_title(title, fontsize=8, loc="left", parse_math=False)
         plain.imshow(joints[i], cmap="gray")
         heated.imshow(joints[i], cmap="gray")
         heated.imshow(heat[i], cmap="inferno", alpha=0.6 * heat[i])
@@ -864,7 +864,10 @@ def find_xrays(folder, patients_file=None):
             xrays.append(Xray(path.as_posix(), grade, patient, subset))
     if len(data_sets) != 1:
         names = ", ".join(sorted(data_sets) or passed_over)
-        raise KneeError(f"{folder}: has {len(data_sets)} data sets, name one ({names})")
+        raise KneeError(
+            f"{folder}: has {len(data_sets)} data sets, name a folder of one, with "
+            f"folders of grades in it, such as 0 to 4 ({names})"
+        )
 
     n = len(xrays)
     named = [x for x in xrays if x.patient != x.path]
@@ -1045,7 +1048,8 @@ def resume(run, origin, parts):
     last, _ = load_checkpoint(run / "last.pt")
     changed = dict(last["config"].items() - origin["config"].items())
     if changed:
-        raise KneeError(f"{run}: was begun with {changed}, name another --run")
+        name, value = changed.popitem()
+        raise KneeError(f"{run}: was begun with {name} {value}, name another --run")
     images = last["thumbnails"]  # not equal to the last bit on another machine
     if last["xrays"] != origin["xrays"] or not images.allclose(
         origin["thumbnails"], atol=0.01
@@ -1126,11 +1130,14 @@ def read_split(path):
     for row in read_table(path, Xray._fields):
         grade = grade_of(row["grade"])
         if grade is None or row["subset"] not in SHARES:
-            raise KneeError(f"{path}: {row['path']} has a wrong grade or subset")
+            raise KneeError(
+                f"{path}: {row['path']} needs a grade from 0 to 4, and train, val or "
+                "test as subset"
+            )
         patient = row["patient"] or row["path"]
         xrays.append(Xray(row["path"], grade, patient, row["subset"]))
     if not {"train", "val"} <= {x.subset for x in xrays}:
-        raise KneeError(f"{path}: has no train or no val, remove it and split anew")
+        raise KneeError(f"{path}: needs rows of train and of val")
     return xrays
 
 
@@ -1145,6 +1152,12 @@ def open_split(args, config):
 
     xrays = read_split(path)
     unlisted = len(list_images(args.data)) - len(xrays)
+    lost = [x.path for x in xrays if not Path(args.data, x.path).exists()]
+    if lost:
+        raise KneeError(
+            f"{path}: {len(lost)} of its images are not in {args.data}, such as "
+            f"{lost[0]}; name the --data of this run, or another --run"
+        )
     if unlisted > 0:
         tell(f"{unlisted} images are not in {path}")
     if args.patients:
@@ -1178,7 +1191,7 @@ def command_train(args):
         print("so few images may do better with --epochs 60 --batch 16")
     train(dataset, config, args.run)
     evaluate_best(args, dataset, "test")
-    print(f'\nnext: python kneeoa.py plot --data "{args.data}" --run "{args.run}"')
+    print("\nnext: plot, which draws curves, confusion matrix and heat maps")
 
 
 def command_evaluate(args):
@@ -1270,7 +1283,7 @@ def print_result(result):
         value = result[name]
         print(f"{name:18}{value:6.3f}   95 %: {low:.3f} to {high:.3f}")
     print(f"always the commonest grade: accuracy {result['majority_accuracy']:.3f}")
-    print("recall of each grade:", *np.round(result["recall"], 3))
+    print("recall of each grade:", *[f"{recall:.3f}" for recall in result["recall"]])
 
 
 def prediction_rows(xrays, probabilities):
@@ -1330,7 +1343,7 @@ def command_predict(args):
     if args.csv:
         save_table(args.csv, rows)
     if args.heatmap:
-        titles = ["{path}: {predicted}".format(**row)[-40:] for row in rows]
+        titles = ["{path}: {predicted}".format(**row)[-32:] for row in rows]
         figure = Figure((13, 3.4 * math.ceil(len(rows) / 5)), layout="constrained")
         draw_heat(figure, model, dataset.images, decide(probabilities), titles)
         save_figure(args.heatmap, figure)
@@ -1342,15 +1355,18 @@ def command_tune(args):
     configs = []
     for values in itertools.product(*grid):
         configs.append(config_of(dict(zip(vars(Config()), values, strict=True))))
+    varied = [name for name in vars(Config()) if len(getattr(args, name)) > 1]
     rows = []
     for config in configs:
-        print(config)
+        print(*[f"{name} {getattr(config, name)}" for name in varied])
         name = "_".join(map(str, vars(config).values()))
         history = train(open_split(args, config), config, args.run / "tune" / name)
         rows.append({**best_epoch(history), **vars(config)})
         rows.sort(key=lambda row: -row["val_kappa"])
         save_table(args.run / "tune.csv", rows)
-    print(f"best first: {args.run / 'tune.csv'}")
+    print(f"\nbest first ({args.run / 'tune.csv'}):")
+    for row in rows:
+        print(f"kappa {row['val_kappa']:.3f}:", *[f"{n} {row[n]}" for n in varied])
 
 
 COMMANDS = {

@@ -387,6 +387,12 @@ def test_without_val_it_is_taken_from_train_by_patient_and_test_is_kept(tmp_path
     assert val == dict.fromkeys("01234", 4)  # two of eight patients: nearest to 15 %
 
 
+def test_the_split_of_another_data_set_is_named(trained, tmp_path, capsys):
+    put(tmp_path, knees(1))
+    line = error_of(capsys, "evaluate", "--data", tmp_path, "--run", trained)
+    assert "split.csv: 120 of its images are not in" in line and len(line) < 400
+
+
 def test_split_csv_written_by_hand_is_kept_and_unlisted_images_are_counted(
     trained, phantoms, tmp_path, capsys
 ):
@@ -604,7 +610,7 @@ def test_a_run_is_not_gone_on_with_under_other_settings_or_images(
     trained, phantoms, tmp_path, capsys
 ):
     words = ["train", "--data", phantoms, "--run", trained, *SMALL]
-    assert "begun with {'lr': 0.02}" in error_of(capsys, *words, "--lr", 0.01)
+    assert "begun with lr 0.02" in error_of(capsys, *words, "--lr", 0.01)
     data = shutil.copytree(phantoms, tmp_path / "data")
     path = next(
         r["path"] for r in rows(trained / "split.csv") if r["subset"] == "train"
@@ -774,7 +780,7 @@ def test_the_readme_example_runs(phantoms, tmp_path, monkeypatch):
     Path("phantoms").symlink_to(phantoms)
     readme = PROGRAM.with_name("README.md").read_text(encoding="utf-8")
     exec(readme.split("```python")[1].split("```")[0], {})
-    assert Path("report.png").exists()
+    assert Path("runs/notebook/report.png").exists()
 
 
 # --------------------------------------------------------------------------- errors
@@ -797,7 +803,7 @@ def test_the_readme_example_runs(phantoms, tmp_path, monkeypatch):
         ("predict x.png --run nothing", "nothing"),
         ("plot --run nothing", "nothing"),
         ("split --data empty", "0 data sets"),
-        ("split --data two", "has 2 data sets, name one (left, right)"),
+        ("split --data two", "such as 0 to 4 (left, right)"),
         ("split --data three", "grade 3 has too few patients to split: 0"),
         ("split --data few", "grade 4 has too few patients"),
         ("split --data dates", "names of files were read wrongly"),
