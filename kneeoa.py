@@ -214,8 +214,10 @@ class KneeFolder(torch.utils.data.Dataset):
         if errors:
             errors.append("remove them, or save them as PNG (HEIC, of iPhones, too)")
             raise KneeError("; ".join(errors))
-        counts = Counter(what for what in odd if what)
-        self.notes = [f"{count} images are {what}" for what, count in counts.items()]
+        self.notes = []
+        for what in (NEGATIVE, WIDE):
+            if what in odd:
+                self.notes.append(f"{odd.count(what)} images are {what}")
 
     def __len__(self):
         return len(self.images)
@@ -715,7 +717,7 @@ def draw_report(history, confusion):
     figure = Figure(figsize=(13, 8), layout="constrained", dpi=110)
     upper, _ = figure.subfigures(2, 1, height_ratios=(5, 4))
     *curves, matrix = upper.subplots(1, 3)
-    epochs = [row["epoch"] for row in history]
+    epochs = range(1, len(history) + 1)
     for name, ax in zip(("loss", "accuracy"), curves, strict=True):
         for subset, style in (("train", "o-"), ("val", "s--")):
             values = [row[f"{subset}_{name}"] for row in history]
@@ -796,7 +798,7 @@ def place_of(path):
 
 
 def list_files(folder):
-    """Return the files below a folder, sorted. Skip hidden ones, follow links.
+    """Return the paths of files below a folder, sorted, without hidden ones.
 
     Raise KneeError if the folder or one below it cannot be listed.
     """
@@ -810,13 +812,15 @@ def list_files(folder):
     files = []
     for parent, folders, names in os.walk(folder, onerror=fail, followlinks=True):
         folders[:] = [name for name in folders if not name.startswith(HIDDEN)]
-        files += [Path(parent, name) for name in names if not name.startswith(HIDDEN)]
+        for name in names:
+            if not name.startswith(HIDDEN):
+                files.append(Path(parent, name).relative_to(folder))
     return sorted(files)
 
 
 def list_images(folder):
-    """Return the image files below a folder, sorted."""
-    return [file for file in list_files(folder) if file.suffix.lower() in SUFFIXES]
+    """Return the paths of image files below a folder, sorted."""
+    return [path for path in list_files(folder) if path.suffix.lower() in SUFFIXES]
 
 
 def read_patients(path):
@@ -844,8 +848,7 @@ def find_xrays(folder, patients_file=None):
     number in the file's name, else each image counts as a patient of its own.
     Raise KneeError if there is not exactly one data set, or the table is of others.
     """
-    files = list_files(folder)
-    paths = [file.relative_to(folder) for file in files]
+    paths = list_files(folder)
     places = [place_of(path) for path in paths]
     has_split = any(subset for _, subset, grade in places if grade is not None)
     table = patients_file or OSAIL
@@ -853,6 +856,7 @@ def find_xrays(folder, patients_file=None):
 
     xrays = []
     data_sets = set()
+    in_table = 0
     passed_over = Counter()
     for path, (data_set, subset, grade) in zip(paths, places, strict=True):
         beside = has_split and not subset  # other folders than train, val and test
@@ -860,6 +864,7 @@ def find_xrays(folder, patients_file=None):
             passed_over[f"{path.suffix} in {path.parent}"] += 1
         else:
             data_sets.add(data_set.as_posix())
+            in_table += path.stem in patients
             patient = patients.get(path.stem) or patient_in(path)
             xrays.append(Xray(path.as_posix(), grade, patient, subset))
     if len(data_sets) != 1:
@@ -871,12 +876,16 @@ def find_xrays(folder, patients_file=None):
 
     n = len(xrays)
     named = [x for x in xrays if x.patient != x.path]
-    if patients_file and not patients.keys() & {path.stem for path in paths}:
+    if patients_file and not in_table:
         raise KneeError(
             f"{patients_file}: has no row for any image, neither for {xrays[0].path}; "
             f"its own are like {min(patients)}"
         )
-    notes = [f"passed over: {count} {what}" for what, count in passed_over.items()]
+    notes = []
+    for what, count in passed_over.items():
+        notes.append(f"passed over: {count} {what}")
+    if in_table:
+        notes.append(f"{in_table} of {n} images are in the table of patients")
     if named:
         notes.append(f"{named[0].path} is read as of patient {named[0].patient}")
     if len(named) < n:
@@ -993,7 +1002,9 @@ def read_table(path, columns):
         text = Path(path).read_text("utf-8-sig", "surrogateescape")
         delimiter = ";" if ";" in text.partition("\n")[0] else ","
         table = csv.DictReader(text.splitlines(), delimiter=delimiter)
-        rows = [{name: row[name].strip() for name in columns} for row in table]
+        rows = []
+        for row in table:
+            rows.append({name: row[name].strip() for name in columns})
         rows[0]  # fails where there is none
     except Exception as error:  # no file, no such column, no row, no text
         raise KneeError(f"{path}: no table of {','.join(columns)} ({error})") from error
@@ -1106,9 +1117,10 @@ def unite_copies(dataset):
         pair = f"{dataset.xrays[i].path}, {dataset.xrays[j].path}"
         tell(f"{len(copies)} pairs of images are copies: {pair}")
     dataset.xrays = join_copies(dataset.xrays, copies)
-    left_out = [x.path for x in dataset.xrays if x.subset == "left out"]
-    if left_out:
-        tell(f"{len(left_out)} of several grades are left out: {left_out[0]}")
+    left_out = dataset.subset("left out")
+    if len(left_out):
+        example = dataset.xrays[left_out[0]].path
+        tell(f"{len(left_out)} of several grades are left out: {example}")
 
 
 def load_folder(args, size):
@@ -1172,8 +1184,12 @@ def command_split(args):
     xrays = open_split(args, config_of(vars(args))).xrays
     print("grade", *[f"{grade:5}" for grade in range(len(GRADES))], " patients")
     for subset in SHARES:
-        counts = Counter(x.grade for x in xrays if x.subset == subset)
-        patients = {x.patient for x in xrays if x.subset == subset}
+        counts = Counter()
+        patients = set()
+        for x in xrays:
+            if x.subset == subset:
+                counts[x.grade] += 1
+                patients.add(x.patient)
         columns = [f"{counts[grade]:5}" for grade in range(len(GRADES))]
         print(f"{subset:5}", *columns, f"{len(patients):9}")
 
@@ -1323,12 +1339,12 @@ def command_plot(args):
 def command_predict(args):
     """Print the grade of images and the probability of each; --csv, --heatmap."""
     checkpoint, model = load_checkpoint(args.run / "best.pt", args.device)
-    files = []
+    xrays = []
     for path in args.images:
-        files += list_images(path) if path.is_dir() else [path]
-    if not files:
+        for name in list_images(path) if path.is_dir() else [""]:
+            xrays.append(Xray(str(path / name), grade=0))
+    if not xrays:
         raise KneeError(f"{args.images[0]}: has no images in it, name another folder")
-    xrays = [Xray(str(file), grade=0) for file in files]
     dataset = KneeFolder("", xrays, checkpoint["config"]["size"], args.device)
     for note in dataset.notes:
         tell(note)
@@ -1351,22 +1367,23 @@ def command_predict(args):
 
 def command_tune(args):
     """Train with all combinations of settings, best first by validation: tune.csv."""
-    grid = [getattr(args, name) for name in vars(Config())]
+    grid = {name: getattr(args, name) for name in vars(Config())}
     configs = []
-    for values in itertools.product(*grid):
-        configs.append(config_of(dict(zip(vars(Config()), values, strict=True))))
-    varied = [name for name in vars(Config()) if len(getattr(args, name)) > 1]
+    for values in itertools.product(*grid.values()):
+        configs.append(config_of(dict(zip(grid, values, strict=True))))
+    varied = [name for name in grid if len(grid[name]) > 1]
     rows = []
     for config in configs:
-        print(*[f"{name} {getattr(config, name)}" for name in varied])
-        name = "_".join(map(str, vars(config).values()))
+        settings = vars(config)
+        print(*varied, "=", *map(settings.get, varied))
+        name = "_".join(map(str, settings.values()))
         history = train(open_split(args, config), config, args.run / "tune" / name)
-        rows.append({**best_epoch(history), **vars(config)})
+        rows.append({**best_epoch(history), **settings})
         rows.sort(key=lambda row: -row["val_kappa"])
         save_table(args.run / "tune.csv", rows)
-    print(f"\nbest first ({args.run / 'tune.csv'}):")
+    print(f"\nbest first ({args.run / 'tune.csv'}):\nkappa", *varied)
     for row in rows:
-        print(f"kappa {row['val_kappa']:.3f}:", *[f"{n} {row[n]}" for n in varied])
+        print(f"{row['val_kappa']:.3f}", *map(row.get, varied))
 
 
 COMMANDS = {
