@@ -859,8 +859,8 @@ def find_xrays(folder, patients_file=None):
     in_table = 0
     passed_over = Counter()
     for path, (data_set, subset, grade) in zip(paths, places, strict=True):
-        beside = has_split and not subset  # other folders than train, val and test
-        if grade is None or beside or path.suffix.lower() not in SUFFIXES:
+        outside = has_split and not subset  # beside train, val and test
+        if grade is None or outside or path.suffix.lower() not in SUFFIXES:
             passed_over[f"{path.suffix} in {path.parent}"] += 1
         else:
             data_sets.add(data_set.as_posix())
