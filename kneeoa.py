@@ -102,16 +102,23 @@ def read_grey(path):
     try:
         with Image.open(path) as image:
             image = upright(image)
-            if image.mode[0] not in "IF":  # neither 16 or 32-bit integers nor floats
+            if image.mode[0] not in "IF":  # bytes, not wider integers or floats
                 return np.asarray(image.convert("L"))
             deep = np.nan_to_num(np.asarray(image, np.float64))
     except Exception as error:  # Pillow raises a dozen kinds on damaged files
-        raise KneeError(f"{path}: is unreadable ({error})") from error
+        raise KneeError(f"{path}: is unreadable ({reason(path, error)})") from error
 
     # convert("L") would clip all above 255 to white. Percentiles keep a few burnt-out
     # pixels from setting the scale.
     low, high = np.percentile(deep, (0.5, 99.5))
     return np.uint8(np.interp(deep, (low, high), (0, 255)))
+
+
+def reason(path, error):
+    """Return why an image file is unreadable."""
+    if Path(path).is_file() and b"ftyp" in Path(path).read_bytes()[:12]:
+        return "it is HEIC, the format of iPhones: save it as PNG"
+    return error
 
 
 def what_is_odd(grey):
@@ -212,8 +219,7 @@ class KneeFolder(torch.utils.data.Dataset):
         odd = thread_map(load, range(n), max_workers=workers, desc="read", leave=False)
         errors = [str(error) for error in odd if isinstance(error, KneeError)]
         if errors:
-            errors.append("remove them, or save them as PNG (HEIC, of iPhones, too)")
-            raise KneeError("; ".join(errors))
+            raise KneeError("; ".join(errors) + "; mend or remove what is named here")
         self.notes = []
         for what in (NEGATIVE, WIDE):
             if what in odd:
@@ -900,7 +906,7 @@ def shrink(images):
 
 
 def find_copies(thumbnails, others):
-    """Tell of thumbnails (N, 1024) and others (M, 1024) who are copies: bool (N, M).
+    """Return bool (N, M): which thumbnails (N, 1024) are copies of which others.
 
     The product of two thumbnails is their correlation: 1 for equal images, at most .7
     for different knees. Above .8, plain or mirrored, they are copies: resized, darkened
@@ -920,7 +926,7 @@ def copies_in(dataset):
 def join_copies(xrays, copies):
     """Return the X-rays with one patient for all copies of an image.
 
-    `copies` are pairs of numbers. Where two have several grades, one grade is wrong and
+    `copies` are pairs of indices. Where two have several grades, one grade is wrong and
     nothing says which: they get the subset "left out". Raise KneeError if two copies,
     or two images of a patient, are in two subsets.
     """
@@ -961,6 +967,8 @@ def make_split(xrays, seed):
 
 
 # ----------------------------------------------------------------- files and machine
+# A run may be stopped at any moment. So each file is written as a whole or not at all,
+# and a checkpoint remembers everything that is needed to go on.
 
 
 def save(path, content):
@@ -997,16 +1005,16 @@ def save_figure(path, figure):
 
 
 def read_table(path, columns):
-    """Return the rows of a CSV file as dicts, or raise KneeError without a column."""
+    """Return the rows of a CSV file as dicts. Raise KneeError without such columns."""
     try:  # utf-8-sig: Excel begins a file with a byte order mark, and may write ; for ,
         text = Path(path).read_text("utf-8-sig", "surrogateescape")
         delimiter = ";" if ";" in text.partition("\n")[0] else ","
-        table = csv.DictReader(text.splitlines(), delimiter=delimiter)
         rows = []
-        for row in table:
+        for row in csv.DictReader(io.StringIO(text), delimiter=delimiter):
             rows.append({name: row[name].strip() for name in columns})
-        rows[0]  # fails where there is none
-    except Exception as error:  # no file, no such column, no row, no text
+        if not rows:
+            raise ValueError("it has no rows")
+    except Exception as error:  # no file, no such column, no text
         raise KneeError(f"{path}: no table of {','.join(columns)} ({error})") from error
     return rows
 
@@ -1061,10 +1069,9 @@ def resume(run, origin, parts):
     if changed:
         name, value = changed.popitem()
         raise KneeError(f"{run}: was begun with {name} {value}, name another --run")
-    images = last["thumbnails"]  # not equal to the last bit on another machine
-    if last["xrays"] != origin["xrays"] or not images.allclose(
-        origin["thumbnails"], atol=0.01
-    ):
+    same = last["xrays"] == origin["xrays"]
+    # Thumbnails of the same images may differ in the last bits: threads, a GPU.
+    if not same or not last["thumbnails"].allclose(origin["thumbnails"], atol=0.01):
         raise KneeError(f"{run}: was begun with other images, name another --run")
     for name, part in parts.items():
         part.load_state_dict(last[name])
@@ -1350,17 +1357,18 @@ def command_predict(args):
         tell(note)
     probabilities = predict(model, dataset.images)
     rows = prediction_rows(xrays, probabilities)
-    for row in rows:
-        del row["grade"]  # unknown
-    _, _, *columns = rows[0]
+    columns = list(rows[0])[3:]  # p0 to p4
     print("file", "grade", "name", *columns, sep="  ")
-    for path, grade, *shares in map(dict.values, rows):
-        print(path, grade, GRADES[grade], *shares, sep="  ")
+    for row in rows:
+        del row["grade"]  # nobody has told it
+        grade = row["predicted"]
+        print(row["path"], grade, GRADES[grade], *map(row.get, columns), sep="  ")
     if args.csv:
         save_table(args.csv, rows)
     if args.heatmap:
         titles = ["{path}: {predicted}".format(**row)[-32:] for row in rows]
-        figure = Figure((13, 3.4 * math.ceil(len(rows) / 5)), layout="constrained")
+        inches = 3.4 * math.ceil(len(rows) / 5)  # for each line of five images
+        figure = Figure((13, inches), layout="constrained")
         draw_heat(figure, model, dataset.images, decide(probabilities), titles)
         save_figure(args.heatmap, figure)
 
@@ -1375,7 +1383,7 @@ def command_tune(args):
     rows = []
     for config in configs:
         settings = vars(config)
-        print(*varied, "=", *map(settings.get, varied))
+        print("training with", *[f"{name} {settings[name]}" for name in varied])
         name = "_".join(map(str, settings.values()))
         history = train(open_split(args, config), config, args.run / "tune" / name)
         rows.append({**best_epoch(history), **settings})

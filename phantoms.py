@@ -14,8 +14,9 @@ import numpy as np
 from PIL import Image
 from tqdm import trange
 
-# The severity at which each sign begins: a narrow joint space, spurs, sclerosis, and
-# ends of the bones that are deformed.
+# All numbers here are chosen by hand and eye. Severity runs from -.5 to 4.5. At these
+# values the signs begin (a narrow joint space, spurs, sclerosis, and ends of the bones
+# that are deformed), and at 4.2 each is complete.
 STARTS = np.array((0.5, 0.3, 1.5, 3.0))
 
 # The least and the greatest of what both knees of a patient share: half the width of

@@ -387,6 +387,13 @@ def test_without_val_it_is_taken_from_train_by_patient_and_test_is_kept(tmp_path
     assert val == dict.fromkeys("01234", 4)  # two of eight patients: nearest to 15 %
 
 
+def test_the_name_of_any_file_survives_split_csv(tmp_path):
+    names = knees(3, 'a "name",\u2028of\ntwo lines/')
+    put(tmp_path / "data", names)
+    assert run("split", "--data", tmp_path / "data", "--run", tmp_path, *SMALL) == 0
+    assert sorted(row["path"] for row in rows(tmp_path / "split.csv")) == sorted(names)
+
+
 def test_the_split_of_another_data_set_is_named(trained, tmp_path, capsys):
     put(tmp_path, knees(1))
     line = error_of(capsys, "evaluate", "--data", tmp_path, "--run", trained)
@@ -744,6 +751,9 @@ def test_predict_agrees_with_evaluate(trained, phantoms, tmp_path, capsys):
         for number, column in zip(numbers, COLUMNS, strict=True):
             assert float(number) == pytest.approx(float(row[column]), abs=2e-3)
     assert min(Image.open(tmp_path / "heat.png").size) > 500
+    (tmp_path / "empty").mkdir()
+    line = error_of(capsys, "predict", "--run", trained, tmp_path / "empty")
+    assert "has no images in it" in line
 
 
 def test_tune_compares_by_validation_tests_nothing_and_repeats_no_training(
@@ -761,7 +771,14 @@ def test_tune_compares_by_validation_tests_nothing_and_repeats_no_training(
 
 
 @pytest.mark.parametrize(
-    "command", ["split", "train --size 64 --epochs 1", "--help", "tune --help"]
+    "command",
+    [
+        "split",
+        "train --size 64 --epochs 1",
+        "tune --size 64 --epochs 1 --width 4 5 --lr 1e-3 3e-3",
+        "--help",
+        "tune --help",
+    ],
 )
 def test_everything_printed_fits_80_columns(
     command, phantoms, tmp_path, monkeypatch, capsys
@@ -810,11 +827,12 @@ def test_the_readme_example_runs(phantoms, tmp_path, monkeypatch):
         ("split --data leak", "of patient 1000"),
         ("split --data broken", "cut.png"),
         ("split --data broken", "text.jpg"),
-        ("split --data broken", "HEIC"),
+        ("split --data broken", "phone.jpg: is unreadable (it is HEIC"),
         ("split --data only", "grade 0 has too few patients to split: 0"),
         ("split --data four --run knees.zip/run", "knees.zip"),
         ("split --data four --patients no.csv", "no.csv"),
         ("split --data four --patients wrong.csv", "wrong.csv"),
+        ("split --data four --patients none.csv", "it has no rows"),
         ("split --data four --patients other.csv", "9E+06"),
         ("split --data four --patients twice.csv", "two patients"),
     ],
@@ -837,6 +855,7 @@ def test_a_mistake_ends_in_one_line_and_leaves_nothing_behind(
     Path("empty").mkdir()
     Path("knees.zip").write_bytes(b"PK")
     Path("wrong.csv").write_text("picture,person\na,b\n")
+    Path("none.csv").write_text("image,patient\n")
     Path("other.csv").write_text("image,patient\n9E+06,7\n")
     Path("twice.csv").write_text("image,patient\n1000L,7\na/1000L.png,8\n")
     put(Path(folder), names.get(folder, []))
